@@ -1,0 +1,489 @@
+"""Everything that can be set, as frozen dataclasses: one line of why per field, checked when built.
+
+The defaults are the recipe `scenes_tiny`: what `deepspeed launch/pretrain.py` trains with no other flag. Recipes
+(launch/recipes/*.yaml) and the command line (`--train.batch_size 64`) override them by dotted keys. The DeepSpeed JSON
+owns ZeRO and communication; everything else is here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The image encoder: a pre-LN ViT."""
+
+    image_size: int = 128
+    """Side of the (square) picture in pixels; a multiple of patch_size."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    width: int = 128
+    """Token width; equals stream.width, since one transformer reads both."""
+    layers: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads; divides width."""
+    mlp_ratio: float = 4.0
+    """Width of the feed-forward layer over width."""
+
+    def __post_init__(self):
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"model.vision.image_size={self.image_size} is not a multiple of model.vision.patch_size={self.patch_size}; "
+            f"set model.vision.image_size to {max(1, self.image_size // self.patch_size) * self.patch_size}",
+        )
+        _require(
+            self.width % self.heads == 0,
+            f"model.vision.width={self.width} is not a multiple of model.vision.heads={self.heads}",
+        )
+        _require(min(self.layers, self.heads, self.patch_size) >= 1, "model.vision: layers, heads, patch_size must be >= 1")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches of a picture."""
+        return self.grid**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """The text/fusion transformer: post-LN BERT layers with cross-attention."""
+
+    shared: bool = True
+    """True (SIMLA): the same layers serve text alone, text over image and image over text. False (ALBEF): the first
+    text_layers read text alone, fusion_layers on top of them fuse."""
+    layers: int = 6
+    """Layers when shared."""
+    text_layers: int = 6
+    """Layers for text alone when not shared."""
+    fusion_layers: int = 6
+    """Layers with cross-attention when not shared."""
+    width: int = 128
+    """Token width."""
+    heads: int = 4
+    """Attention heads; divides width."""
+    intermediate_size: int = 512
+    """Width of the feed-forward layer."""
+    max_positions: int = 128
+    """Rows of the position table; image rows use them too (SIMLA adds text positions to the image stream)."""
+    dropout: float = 0.1
+    """Dropout of embeddings, attention and residual branches."""
+    token_types: bool = False
+    """Add token-type row 0 to every token, as ALBEF does."""
+
+    def __post_init__(self):
+        _require(
+            self.width % self.heads == 0,
+            f"model.stream.width={self.width} is not a multiple of model.stream.heads={self.heads}",
+        )
+        _require(0.0 <= self.dropout < 1.0, f"model.stream.dropout must be in [0, 1), got {self.dropout}")
+        _require(self.depth >= 1, "model.stream needs at least one layer")
+
+    @property
+    def depth(self) -> int:
+        """Layers of a fused pass."""
+        return self.layers if self.shared else self.text_layers + self.fusion_layers
+
+    @property
+    def text_depth(self) -> int:
+        """Layers of a text-only pass."""
+        return self.layers if self.shared else self.text_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyConfig:
+    """What the model must know of its tokenisers. Zeros are filled in from the tokenisers before training."""
+
+    size: int = 0
+    """Words."""
+    pad: int = 0
+    """Id of [PAD]; its embedding row gets no gradient from lookups."""
+    unk: int = 1
+    """Id of [UNK]."""
+    cls: int = 2
+    """Id of [CLS]."""
+    sep: int = 3
+    """Id of [SEP]."""
+    mask: int = 4
+    """Id of [MASK]."""
+    add_sep: bool = True
+    """End captions with [SEP]. False for published SIMLA weights, which never saw one."""
+    visual_size: int = 0
+    """Visual tokens (8,192 for the DALL-E dVAE)."""
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        """Ids that are never keywords and never masked."""
+        return (self.pad, self.unk, self.cls, self.sep, self.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """Image encoder."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """Text and fusion transformer."""
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    """Tokenisers' sizes and special ids."""
+    projection_size: int = 64
+    """Width of the contrastive space (256 in the paper)."""
+    temperature: float = 0.07
+    """Start value of the learned softmax temperature of ITC."""
+    temperature_min: float = 0.001
+    """Lower bound of the temperature."""
+    temperature_max: float = 0.5
+    """Upper bound of the temperature."""
+
+    def __post_init__(self):
+        _require(
+            self.vision.width == self.stream.width,
+            f"model.vision.width={self.vision.width} must equal model.stream.width={self.stream.width}: "
+            "one transformer reads both streams",
+        )
+        _require(
+            self.stream.max_positions > self.vision.patches,
+            f"model.stream.max_positions={self.stream.max_positions} is too small for {self.vision.patches} patches and "
+            f"[CLS], which run through the stream too; set model.stream.max_positions >= {self.vision.patches + 1}",
+        )
+        _require(
+            0 < self.temperature_min <= self.temperature <= self.temperature_max,
+            f"model.temperature={self.temperature} must lie in [{self.temperature_min}, {self.temperature_max}]",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """ITC: image-text contrast with a momentum queue and soft targets (MoCo, ALBEF)."""
+
+    weight: float = 1.0
+    """Weight in the summed loss; 0 switches the objective off."""
+    queue_size: int = 1024
+    """Teacher features kept as further negatives, per modality; 0 switches the queue off. At most a quarter of the
+    data: a larger queue would hold many features of the very pictures it is contrasted with."""
+
+    def __post_init__(self):
+        _require(self.queue_size >= 0, f"objectives.itc.queue_size must be >= 0, got {self.queue_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingConfig:
+    """ITM: does this caption describe this picture?"""
+
+    weight: float = 1.0
+    """Weight in the summed loss; 0 switches the objective off."""
+    negatives: Literal["local", "global"] = "local"
+    """Where wrong pictures and captions are drawn from: this rank's batch, or those of all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLanguageConfig:
+    """MLM: masked words from the picture and the other words."""
+
+    weight: float = 1.0
+    """Weight in the summed loss; 0 switches the objective off."""
+    probability: float = 0.15
+    """Chance of each token to be predicted (80% masked, 10% random, 10% kept, as BERT)."""
+
+    def __post_init__(self):
+        _require(0 < self.probability < 1, f"objectives.mlm.probability must be in (0, 1), got {self.probability}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossModalConfig:
+    """XMM: masked visual tokens from the caption and the other patches, the mirror of MLM."""
+
+    weight: float = 1.0
+    """Weight in the summed loss; 0 switches the objective off."""
+    mask_ratio: float = 75 / 256
+    """Share of the patches that block masking aims at (75 of 256 in the paper), on any grid."""
+    text_keys: Literal["embeddings", "encoded"] = "embeddings"
+    """What the image stream attends to: the caption's embedding layer (published) or its encoded tokens."""
+    distill: bool = True
+    """Mix the teacher's predictions into the targets."""
+    every: int = 1
+    """Compute XMM at every k-th optimizer step only (others cost nothing)."""
+
+    def __post_init__(self):
+        _require(0 < self.mask_ratio < 1, f"objectives.xmm.mask_ratio must be in (0, 1), got {self.mask_ratio}")
+        _require(self.every >= 1, f"objectives.xmm.every must be >= 1, got {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabelConfig:
+    """PSL: keywords picked by attention and suggested by the teacher, predicted by the image encoder."""
+
+    weight: float = 1.0
+    """Weight in the summed loss; 0 switches the objective off."""
+    votes_per_head: int = 4
+    """Positions that each head of the last layer votes for."""
+    keywords: int = 5
+    """Positions with most votes that become keywords."""
+    reduction: Literal["mean", "sum_over_words"] = "mean"
+    """Mean over pictures and words (published), or mean over pictures of the sum over words."""
+    whole_words: bool = False
+    """Label every piece of a keyword, not only the piece that was picked."""
+
+    def __post_init__(self):
+        _require(
+            min(self.votes_per_head, self.keywords) >= 1, "objectives.psl: votes_per_head and keywords must be >= 1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectivesConfig:
+    """The five objectives."""
+
+    fidelity: Literal["corrected", "official"] = "corrected"
+    """`official` reproduces the published implementation's arithmetic, quirks included; `corrected` what it meant."""
+    itc: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    """Image-text contrast."""
+    itm: MatchingConfig = field(default_factory=MatchingConfig)
+    """Image-text matching."""
+    mlm: MaskedLanguageConfig = field(default_factory=MaskedLanguageConfig)
+    """Masked language modelling."""
+    xmm: CrossModalConfig = field(default_factory=CrossModalConfig)
+    """Cross-modal reconstruction of visual tokens."""
+    psl: PseudoLabelConfig = field(default_factory=PseudoLabelConfig)
+    """Pseudo-labelled keywords."""
+    alpha: float = 0.4
+    """Weight of the teacher's targets against the hard ones, after the ramp."""
+    alpha_ramp_samples: int = 20_000
+    """Pairs over which alpha rises from 0 (one epoch in the paper)."""
+
+    def __post_init__(self):
+        _require(0 <= self.alpha <= 1, f"objectives.alpha must be in [0, 1], got {self.alpha}")
+        _require(bool(self.enabled), "objectives: every weight is 0; give at least one objective a weight")
+
+    @property
+    def enabled(self) -> tuple[str, ...]:
+        """Names of the objectives with a weight, in the order they are computed."""
+        return tuple(name for name in ("itc", "itm", "mlm", "xmm", "psl") if getattr(self, name).weight > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The momentum teacher."""
+
+    momentum: float = 0.995
+    """Share of itself that the teacher keeps per optimizer step at optim.reference_batch pairs; at b pairs it is
+    momentum ** (b / reference_batch), so that it forgets per pair and not per step."""
+    dropout: bool | None = None
+    """Dropout in the teacher's passes. Default: off when corrected, on when official."""
+
+    def __post_init__(self):
+        _require(0 <= self.momentum < 1, f"teacher.momentum must be in [0, 1), got {self.momentum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Start weights, from local files. What is asked for and cannot be loaded is an error."""
+
+    text: str = ""
+    """Folder of a Hugging Face BERT for the stream (config.json with model.safetensors or pytorch_model.bin)."""
+    vision: str = ""
+    """timm ViT or DeiT weights for the image encoder (.safetensors, .pth, or a folder with one)."""
+    checkpoint: str = ""
+    """A whole model: an official SIMLA or ALBEF .pth, or a model folder of this project."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where pairs come from and what is done to them."""
+
+    train: str = ""
+    """WebDataset shards: a folder, a file or a brace pattern (shard-{000000..000019}.tar). Empty: the embedded scenes,
+    prepared into scenes_dir when they are not there."""
+    val: str = ""
+    """Held-out shards for eval.every. Empty: `val` beside a folder called `train`, if there is one."""
+    tokenizer: str = ""
+    """Folder of a Hugging Face tokenizer. Empty: `tokenizer` beside the shards' folder."""
+    visual_tokenizer: str = ""
+    """Folder of a patch codebook or of a FlavaImageCodebook. Empty: `visual_tokens` beside the shards' folder."""
+    scenes_dir: str = "data/scenes"
+    """Folder of the embedded scenes."""
+    scenes_train: int = 20_000
+    """Training scenes to prepare there."""
+    max_words: int = 30
+    """Words kept of a caption."""
+    max_tokens: int = 25
+    """Tokens kept of a caption, [CLS] and [SEP] included."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Area of the random resized crop, as a share of the picture ((0.2, 1.0) in the paper)."""
+    flip: float = 0.5
+    """Chance of a horizontal flip; never for captions that say left or right."""
+    augment_ops: int = 2
+    """Operations of RandAugment; 0 switches it off."""
+    augment_magnitude: int = 7
+    """Strength of RandAugment, 0 to 10."""
+    workers: int = 1
+    """Loader processes per rank; 0 loads in the training process."""
+    shuffle_window: int = 64
+    """Shards whose samples are shuffled together: the epoch permutes the shards, then samples within each window."""
+
+    def __post_init__(self):
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, f"data.crop_scale must satisfy 0 < low <= high <= 1, got {self.crop_scale}")
+        _require(self.max_tokens >= 3, f"data.max_tokens must be >= 3, got {self.max_tokens}")
+        _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
+        _require(0 <= self.augment_magnitude <= 10, f"data.augment_magnitude must be in [0, 10], got {self.augment_magnitude}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule, counted in pairs so that a recipe means the same at any batch size."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate at reference_batch."""
+    min_learning_rate: float = 1e-5
+    """Learning rate at the end of the cosine, at reference_batch."""
+    start_learning_rate: float = 1e-5
+    """Learning rate at the start of the warm-up, at reference_batch."""
+    warmup_samples: int = 2_000
+    """Pairs of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up."""
+    reference_batch: int = 32
+    """Pairs per optimizer step that the learning rates and the teacher's momentum are stated for."""
+    scale: Literal["sqrt", "linear", "none"] = "sqrt"
+    """How learning rates follow the batch: by the square root of batch / reference_batch, linearly, or not."""
+    weight_decay: float = 0.02
+    """Decoupled weight decay on matrices."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float | None = None
+    """Largest gradient norm; 0 switches clipping off. Default: 1.0 when corrected, 0 when official."""
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, f"optim.learning_rate must be > 0, got {self.learning_rate}")
+        _require(self.reference_batch >= 1, f"optim.reference_batch must be >= 1, got {self.reference_batch}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 0
+    """Optimizer steps; 0: as many as `samples` make."""
+    samples: int = 200_000
+    """Pairs to train on in all, when steps is 0."""
+    batch_size: int = 32
+    """Pairs per rank and micro-step."""
+    grad_accumulation: int = 1
+    """Micro-steps per optimizer step."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Training dtype. auto: bf16 where it is fast, fp16 on cards without it, fp32 on CPUs without bf16 units."""
+    seed: int = 0
+    """Every random draw follows from it."""
+    activation_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    log_every: int = 10
+    """Optimizer steps between lines in metrics.jsonl."""
+    diagnose_every: int = 200
+    """Optimizer steps between measurements of each objective's share of the gradient; 0: never."""
+    checkpoint_every: int = 1_000
+    """Optimizer steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    max_bad_steps: int = 10
+    """Optimizer steps in a row with a loss or gradient that is not finite, after which training stops."""
+    wandb_project: str = ""
+    """Weights & Biases project to log to (extra `track`); empty: off."""
+
+    def __post_init__(self):
+        _require(self.batch_size >= 1, f"train.batch_size must be >= 1, got {self.batch_size}")
+        _require(self.grad_accumulation >= 1, f"train.grad_accumulation must be >= 1, got {self.grad_accumulation}")
+        _require(self.steps >= 0 and self.samples >= 1, "train.steps must be >= 0 and train.samples >= 1")
+        _require(self.keep_checkpoints >= 1, f"train.keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Watching it learn, on held-out pairs."""
+
+    every: int = 500
+    """Optimizer steps between evaluations; 0: never."""
+    samples: int = 500
+    """Held-out pairs used."""
+    batch_size: int = 50
+    """Pairs per forward."""
+    rerank: int = 16
+    """Candidates re-ranked by ITM in zero-shot retrieval; 0: ITC only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """Start weights."""
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    """The losses."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The momentum teacher."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The pairs."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """The held-out evaluation."""
+    output: str = "runs/pretrain"
+    """Run folder."""
+    resume: str = "auto"
+    """auto: go on from the run folder's newest whole checkpoint if there is one; none: start afresh (refused if the
+    folder holds checkpoints); or the path of a checkpoint."""
+
+    def __post_init__(self):
+        _require(
+            not (self.objectives.itm.weight > 0 and self.train.batch_size < 2 and self.objectives.itm.negatives == "local"),
+            f"train.batch_size={self.train.batch_size} leaves ITM (objectives.itm.weight={self.objectives.itm.weight}) "
+            "without a wrong picture to choose; set train.batch_size >= 2 or objectives.itm.weight 0",
+        )
+
+    @property
+    def official(self) -> bool:
+        """Whether the published arithmetic is asked for."""
+        return self.objectives.fidelity == "official"
+
+    @property
+    def teacher_dropout(self) -> bool:
+        """Dropout in the teacher's passes, after the default."""
+        return self.official if self.teacher.dropout is None else self.teacher.dropout
+
+    @property
+    def clip(self) -> float:
+        """Largest gradient norm, after the default; 0 means none."""
+        return (0.0 if self.official else 1.0) if self.optim.clip is None else self.optim.clip
+
+    def learning_rate_scale(self, global_batch: int) -> float:
+        """Factor on the learning rates for an optimizer step over global_batch pairs."""
+        ratio = global_batch / self.optim.reference_batch
+        return {"sqrt": ratio**0.5, "linear": ratio, "none": 1.0}[self.optim.scale]
+
+    def teacher_momentum(self, global_batch: int) -> float:
+        """Teacher momentum for an optimizer step over global_batch pairs; as stated when official."""
+        if self.official:
+            return self.teacher.momentum
+        return self.teacher.momentum ** (global_batch / self.optim.reference_batch)
+
+    def total_steps(self, global_batch: int) -> int:
+        """Optimizer steps of the run."""
+        return self.train.steps or -(-self.train.samples // global_batch)

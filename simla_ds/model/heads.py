@@ -1,0 +1,52 @@
+"""What is read off the two encoders: words, the temperature. (Plain linear heads are nn.Linear in simla.py.)"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simla_ds.config import ModelConfig
+from simla_ds.model.stream import LAYER_NORM_EPS
+
+
+class LanguageHead(nn.Module):
+    """BERT's masked-word head; its decoder shares the word embeddings."""
+
+    def __init__(self, width: int, word_embeddings: nn.Embedding):
+        super().__init__()
+        self.transform = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.decoder = nn.Linear(width, word_embeddings.num_embeddings)
+        self.decoder.weight = word_embeddings.weight
+        nn.init.normal_(self.transform.weight, std=0.02)
+        nn.init.zeros_(self.transform.bias)
+        nn.init.zeros_(self.decoder.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) hidden states to (..., V) logits."""
+        return self.decoder(self.norm(F.gelu(self.transform(hidden))))
+
+
+class Temperature(nn.Module):
+    """The learned softmax temperature of ITC, kept within bounds.
+
+    The bound is functional with a straight-through gradient: an in-place clamp of the parameter would be lost when the
+    optimizer's fp32 master overwrites it (the trainer clamps the master as well). The parameter has shape (1,), since
+    DeepSpeed refuses 0-dim parameters.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.low, self.high = config.temperature_min, config.temperature_max
+        self.value = nn.Parameter(torch.tensor([config.temperature]))
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Bring the parameter itself within bounds (loaded weights may lie outside)."""
+        self.value.clamp_(self.low, self.high)
+
+    def forward(self) -> Tensor:
+        """Return the bounded temperature, (1,) float32."""
+        value = self.value.float()
+        return value + (value.clamp(self.low, self.high) - value).detach()

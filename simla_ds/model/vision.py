@@ -1,0 +1,54 @@
+"""The image encoder: timm's pre-LN ViT with a mask token (SIMLA section 3.2; the backbone is DeiT's)."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from simla_ds.config import VisionConfig
+
+
+class ImageEncoder(VisionTransformer):
+    """A plain ViT that returns every token and can hide patches behind a learned mask token.
+
+    It subclasses timm's ViT, so that timm's and the published weights fit by name, and so that all parameters used in
+    `forward` are its own: ZeRO-3 gathers those by itself.
+    """
+
+    def __init__(self, config: VisionConfig):
+        super().__init__(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.layers,
+            num_heads=config.heads,
+            mlp_ratio=config.mlp_ratio,
+            num_classes=0,
+            global_pool="",
+            dynamic_img_size=True,  # other resolutions resample pos_embed
+        )
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.activation_checkpointing = False
+
+    def forward(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """Encode pictures.
+
+        Args:
+            image: (B, 3, S, S) normalised, any S that is a multiple of the patch size.
+            patch_mask: (B, P) bool, True at patches to hide behind the mask token.
+
+        Returns:
+            (B, P + 1, D) tokens, [CLS] first.
+        """
+        x = self.patch_embed(image.to(self.cls_token.dtype))  # (B, grid, grid, D)
+        if patch_mask is not None:
+            x = torch.where(patch_mask.view(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
+        x = self.norm_pre(self._pos_embed(x))
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)  # the reentrant kind breaks under ZeRO-2
+            else:
+                x = block(x)
+        return self.norm(x)

@@ -1,0 +1,108 @@
+"""Image-text matching: does this caption describe this picture?  (SIMLA section 3.3, as ALBEF section 3.2)
+
+B pairs, D width, G candidates (B, or those of all ranks with `itm.negatives: global`). Three rows are asked for per
+pair: matched, wrong picture, wrong caption; wrong ones are drawn in proportion to ITC's similarity.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simla_ds.objectives.base import Objective
+from simla_ds.objectives.collectives import gather_rows, gather_rows_with_gradient, own_rows, world_size
+from simla_ds.types import Batch, Outputs, Read, Request, StepFeatures
+
+SMOOTHING = 1e-4
+"""Added to every candidate's weight, so that confident similarities cannot leave a row without candidates."""
+
+
+class ImageTextMatching(Objective):
+    """Cross-entropy over 3B rows; a pair without any allowed wrong partner loses its wrong rows."""
+
+    def requests(self, batch: Batch, features: StepFeatures) -> list[Request]:
+        """Ask for one pass over B matched and one over 2B unmatched pairs."""
+        wrong_image, wrong_text = self.draw_negatives(batch, features)
+        image = features.student.image_tokens
+        ids, mask = batch["input_ids"], batch["text_mask"]
+        own = torch.arange(ids.shape[0], device=ids.device)
+        all_image, all_ids, all_mask = image, ids, mask
+        if self._global:
+            own = own_rows(ids.shape[0], ids.device)
+            all_image, all_ids, all_mask = gather_rows_with_gradient(image), gather_rows(ids), gather_rows(mask)
+        matched = Request(
+            direction="text_over_image", by="student", read=Read.CLS, input_ids=ids, text_mask=mask, image_tokens=image
+        )
+        unmatched = Request(
+            direction="text_over_image",
+            by="student",
+            read=Read.CLS,
+            input_ids=torch.cat([ids, all_ids.index_select(0, wrong_text)]),
+            text_mask=torch.cat([mask, all_mask.index_select(0, wrong_text)]),
+            image_tokens=all_image,
+            image_index=torch.cat([wrong_image, own]),
+        )
+        return [matched, unmatched]
+
+    def loss(self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float) -> Tensor:
+        """Return the mean cross-entropy over matched and unmatched rows."""
+        logits, labels, kept = self._rows(batch, features, outputs)
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        return (losses * kept).sum() / kept.sum()
+
+    def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
+        """Accuracy on matched and on unmatched rows apart: a head that always says no is right two times in three."""
+        logits, labels, kept = self._rows(batch, features, outputs)
+        right = (logits.argmax(-1) == labels).float() * kept
+        matched, unmatched = labels == 1, labels == 0
+        return {
+            "itm/accuracy_matched": torch.stack([right[matched].sum(), kept[matched].sum()]),
+            "itm/accuracy_unmatched": torch.stack([right[unmatched].sum(), kept[unmatched].sum()]),
+        }
+
+    def draw_negatives(self, batch: Batch, features: StepFeatures) -> tuple[Tensor, Tensor]:
+        """Return the wrong picture for each text and the wrong text for each picture, (B,) int64 each."""
+        if "negative_image" in batch and "negative_text" in batch:
+            return batch["negative_image"], batch["negative_text"]
+        allowed = self._allowed(batch)
+        s, uniform = features.similarities, batch["itm_draws"]
+        return (
+            self._draw(self._candidates(s.text_to_image, allowed), allowed, uniform[:, 0]),
+            self._draw(self._candidates(s.image_to_text, allowed), allowed, uniform[:, 1]),
+        )
+
+    def _candidates(self, similarity: Tensor, allowed: Tensor) -> Tensor:
+        """Pick the candidates' columns out of (B, G + Q) similarities."""
+        if allowed.shape[1] == allowed.shape[0] and not self.official:
+            return similarity.index_select(1, own_rows(allowed.shape[0], similarity.device))
+        return similarity[:, : allowed.shape[1]]
+
+    def _allowed(self, batch: Batch) -> Tensor:
+        """Return (B, G) bool: candidates that are not the pair's own picture (official: not the pair itself)."""
+        ids = batch["image_id"]
+        if self.official:
+            return ~torch.eye(ids.shape[0], dtype=torch.bool, device=ids.device)
+        return ids[:, None] != (gather_rows(ids) if self._global else ids)[None]
+
+    def _draw(self, similarity: Tensor, allowed: Tensor, uniform: Tensor) -> Tensor:
+        """Draw a column per row by inverse CDF from (B, G) similarities and (B,) uniform numbers."""
+        smoothing = 0.0 if self.official else SMOOTHING
+        weights = (similarity.detach().softmax(-1) + smoothing) * allowed
+        cumulative = weights.cumsum(-1)
+        threshold = uniform[:, None].to(cumulative.dtype) * cumulative[:, -1:]
+        # a threshold rounded up to the total must not land behind the last allowed column
+        last = (allowed * torch.arange(1, allowed.shape[1] + 1, device=allowed.device)).argmax(-1)
+        return torch.minimum(torch.searchsorted(cumulative, threshold, right=True)[:, 0], last)
+
+    def _rows(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (3B, 2), labels (3B,) and which rows count (3B,) float32."""
+        logits = self.networks.student.match_head(torch.cat([outputs[0], outputs[1]]))
+        count = outputs[0].shape[0]
+        labels = (torch.arange(3 * count, device=logits.device) < count).long()
+        drawable = self._allowed(batch).any(-1).float()
+        return logits, labels, torch.cat([torch.ones_like(drawable), drawable, drawable])
+
+    @property
+    def _global(self) -> bool:
+        return self.config.itm.negatives == "global" and world_size() > 1

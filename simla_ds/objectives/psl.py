@@ -1,0 +1,112 @@
+"""Pseudo-labelled keywords: the image encoder names the caption's keywords and what the teacher adds.  (SIMLA 3.5)
+
+B pairs, L tokens, H heads, V words. The teacher reads the caption over the picture; in its last layer each head votes
+for the positions that [CLS] attends to most, and the positions with most votes are the keywords.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simla_ds.objectives.base import Objective
+from simla_ds.types import Batch, Outputs, Read, Request, StepFeatures
+
+
+class PseudoLabelledKeywords(Objective):
+    """Binary cross-entropy over the vocabulary against keywords (hard) and the teacher's concepts (soft)."""
+
+    def requests(self, batch: Batch, features: StepFeatures) -> list[Request]:
+        """Ask the teacher for [CLS]'s attention over the unmasked caption, read over the student's picture."""
+        return [
+            Request(
+                direction="text_over_image",
+                by="teacher",
+                read=Read.CLS_ATTENTION,
+                input_ids=batch["input_ids"],
+                text_mask=batch["text_mask"],
+                image_tokens=features.student.image_tokens.detach(),
+            )
+        ]
+
+    def loss(self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float) -> Tensor:
+        """Return the mean over B x V (or the mean over B of the sum over V)."""
+        hard = self.targets(batch, outputs[0])
+        logits = self.networks.student.concept_head(self._input(features.student.image_feature)).float()
+        with torch.no_grad():
+            soft = self.networks.teacher.concept_head(self._input(features.teacher.image_feature)).float().sigmoid()
+        # BCE is linear in its target, so the two terms are one against the mixed target
+        target = (1 - alpha) * hard + alpha * soft
+        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return losses.mean() if self.config.psl.reduction == "mean" else losses.sum(-1).mean()
+
+    def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
+        """Average precision of the concept head's ranking of the vocabulary against the keywords, per picture."""
+        hard = self.targets(batch, outputs[0])
+        logits = self.networks.student.concept_head(self._input(features.student.image_feature)).float()
+        return {"psl/average_precision": average_precision(logits, hard)}
+
+    def targets(self, batch: Batch, attention: Tensor) -> Tensor:
+        """Return the keywords as a multi-hot (B, V) float32 from the teacher's attention (B, H, L)."""
+        ids = batch["input_ids"]
+        positions, valid = self.keyword_positions(batch, attention)
+        hot = torch.zeros(ids.shape[0], self.vocabulary.size, device=ids.device)
+        if self.config.psl.whole_words:
+            word = batch["word_index"]
+            picked = torch.where(valid, word.gather(1, positions), -2)
+            chosen = (word[:, :, None] == picked[:, None, :]).any(-1)
+            hot.scatter_add_(1, ids, chosen.float())
+        else:
+            hot.scatter_add_(1, ids.gather(1, positions), valid.float())
+        hot = hot.clamp_(max=1.0)
+        if self.official:
+            hot[:, self.vocabulary.cls] = 0.0  # as published: only [CLS] is taken out, after it used up a place
+        return hot
+
+    def keyword_positions(self, batch: Batch, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Return positions (B, k) int64 and which of them are keywords (B, k) bool; k = psl.keywords or L if fewer."""
+        length = attention.shape[-1]
+        voters, keep = min(self.config.psl.votes_per_head, length), min(self.config.psl.keywords, length)
+        if self.official:
+            votes = self._count(attention.topk(voters, dim=-1).indices, length)
+            positions = votes.topk(keep, dim=-1).indices
+            return positions, torch.ones_like(positions, dtype=torch.bool)
+        word = self._is_word(batch["input_ids"]) & batch["text_mask"]
+        attention = attention.masked_fill(~word[:, None], -1.0)
+        top = attention.topk(voters, dim=-1)
+        votes = self._count(top.indices, length, valid=top.values >= 0)
+        # most votes first; then by mean attention, then by position (both sorts are stable)
+        order = attention.mean(1).argsort(dim=-1, descending=True, stable=True)
+        order = order.gather(1, votes.gather(1, order).argsort(dim=-1, descending=True, stable=True))
+        positions = order[:, :keep]
+        return positions, votes.gather(1, positions) > 0
+
+    def _is_word(self, ids: Tensor) -> Tensor:
+        """Return (B, L) bool: no special token. Compared one by one: a tensor of ids would be a copy to the device."""
+        word = torch.ones_like(ids, dtype=torch.bool)
+        for special in self.vocabulary.special:
+            word &= ids != special
+        return word
+
+    @staticmethod
+    def _count(voted: Tensor, length: int, valid: Tensor | None = None) -> Tensor:
+        """Count votes (B, H, k) per position: (B, L) int64."""
+        ones = torch.ones_like(voted) if valid is None else valid.to(voted.dtype)
+        votes = torch.zeros(voted.shape[0], length, dtype=torch.int64, device=voted.device)
+        return votes.scatter_add_(1, voted.flatten(1), ones.flatten(1))
+
+    def _input(self, feature: Tensor) -> Tensor:
+        """Cast a unit feature to the head's dtype."""
+        return feature.to(self.networks.teacher.concept_head.bias.dtype)
+
+
+def average_precision(logits: Tensor, hot: Tensor) -> Tensor:
+    """Return (2,): the sum over rows with any keyword of the average precision, and the number of such rows."""
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    hits = hot.gather(1, order)
+    ranks = torch.arange(1, hits.shape[1] + 1, device=hits.device)
+    precision = hits.cumsum(-1) / ranks
+    per_row = (precision * hits).sum(-1) / hits.sum(-1).clamp(min=1)
+    present = (hits.sum(-1) > 0).float()
+    return torch.stack([(per_row * present).sum(), present.sum()])

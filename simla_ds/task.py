@@ -1,0 +1,158 @@
+"""One pretraining step: features, requests, passes, losses, their weighted sum.
+
+PretrainTask is the one module that the DeepSpeed engine wraps, called once per micro-batch. Objectives ask for passes
+and the task runs them, each as a pass of its own: the oracle that merged passes are held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simla_ds.config import Config
+from simla_ds.model.simla import Simla
+from simla_ds.objectives import OBJECTIVES, FeatureQueue, Objective
+from simla_ds.objectives.base import Networks
+from simla_ds.objectives.itc import similarities
+from simla_ds.teacher import Teacher
+from simla_ds.types import Batch, Features, Outputs, Read, Request, StepFeatures
+
+
+class PretrainTask(nn.Module):
+    """Student, teacher and objectives. Only the student is a submodule: the engine must not see the teacher."""
+
+    def __init__(self, model: Simla, teacher: Teacher, queue: FeatureQueue, config: Config):
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.queue = queue
+        self._teacher = [teacher]  # in a list, so that it is not registered as a submodule
+        networks = Networks(model, teacher.module)
+        self.objectives: dict[str, Objective] = {
+            name: OBJECTIVES[name](networks, config.objectives, model.config.vocabulary)
+            for name in config.objectives.enabled
+        }
+
+    @property
+    def teacher(self) -> Teacher:
+        """The momentum teacher."""
+        return self._teacher[0]
+
+    def forward(self, batch: Batch, *, alpha: float, step: int = 0, keep: bool = False) -> dict[str, Any]:
+        """Run one micro-batch.
+
+        Args:
+            batch: see types.Batch.
+            alpha: weight of the teacher's targets.
+            step: optimizer step, for objectives that run at every k-th only.
+            keep: also return the intermediate `features` and `outputs`, for evaluation and verification.
+
+        Returns:
+            `loss`: the weighted sum, a scalar with gradient. `losses`: name -> detached scalar.
+            `queue_rows`: what FeatureQueue.push takes, after the step. `monitor`: name -> detached scalar.
+        """
+        objectives = self.active(step)
+        features = self.features(batch, masked="xmm" in objectives)
+        outputs = self.outputs(batch, features, objectives)
+        losses = {name: o.loss(batch, features, outputs[name], alpha) for name, o in objectives.items()}
+        total = torch.stack([loss * self._weight(name) for name, loss in losses.items()]).sum()
+        result = {
+            "loss": total,
+            "losses": {name: loss.detach() for name, loss in losses.items()},
+            "queue_rows": {
+                "image_feature": features.teacher.image_feature,
+                "text_feature": features.teacher.text_feature,
+                "image_id": batch["image_id"],
+            },
+            "monitor": self._monitor(features),
+        }
+        return {**result, "features": features, "outputs": outputs} if keep else result
+
+    def active(self, step: int) -> dict[str, Objective]:
+        """Return the objectives that run at an optimizer step, by name."""
+        due = step % self.config.objectives.xmm.every == 0
+        return {name: objective for name, objective in self.objectives.items() if name != "xmm" or due}
+
+    def features(self, batch: Batch, *, masked: bool = True) -> StepFeatures:
+        """Run what comes before any cross-modal pass, by student and teacher, and compare the two."""
+        patch_mask = batch["patch_mask"] if masked else None
+        inputs = (batch["image"], batch["input_ids"], batch["text_mask"])
+        student = self.model.features(*inputs, patch_mask)
+        with torch.no_grad():
+            distills = masked and self.config.objectives.xmm.distill
+            teacher = self.teacher.module.features(*inputs, patch_mask if distills else None)
+        return StepFeatures(
+            student=student,
+            teacher=teacher,
+            similarities=similarities(
+                student, teacher, batch, self.model.temperature(), self.queue, official=self.config.official
+            ),
+        )
+
+    def outputs(self, batch: Batch, features: StepFeatures, objectives: dict[str, Objective]) -> dict[str, Outputs]:
+        """Collect every objective's requests and run them."""
+        requests = {name: objective.requests(batch, features) for name, objective in objectives.items()}
+        return {name: Outputs(self.run(asked)) for name, asked in requests.items()}
+
+    def run(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Run each request as a pass of its own, in order."""
+        results = []
+        for request in requests:
+            network = self.model if request.by == "student" else self.teacher.module
+            with torch.set_grad_enabled(torch.is_grad_enabled() and request.by == "student"):
+                results.append(_run_pass(network, request))
+        return results
+
+    def _weight(self, name: str) -> float:
+        return getattr(self.config.objectives, name).weight
+
+    @torch.no_grad()
+    def _monitor(self, features: StepFeatures) -> dict[str, Tensor]:
+        """Return what shows a collapse early: temperature, target entropy, spread of features, teacher's nearness."""
+        log_p = features.similarities.teacher_image_to_text.log_softmax(-1)
+        student, teacher = features.student, features.teacher
+        return {
+            "temperature": self.model.temperature().squeeze(),
+            "itc_target_entropy": -(log_p.exp() * log_p).sum(-1).mean(),
+            "image_feature_spread": _spread(student.image_feature),
+            "text_feature_spread": _spread(student.text_feature),
+            "teacher_student_cosine": (student.image_feature * teacher.image_feature).sum(-1).mean(),
+        }
+
+
+def _run_pass(network: Simla, request: Request) -> Tensor:
+    """Run one request by one network and return what it reads."""
+    if request.direction == "image_over_text":
+        if request.text_keys is None:
+            raise ValueError("an image_over_text request needs text_keys")
+        hidden = network.image_over_text(request.image_tokens, request.text_keys, request.text_mask)
+        cls_row, rows = None, hidden[:, 1:]  # Request.rows counts patches, not [CLS]
+    else:
+        if request.input_ids is None:
+            raise ValueError("a text_over_image request needs input_ids")
+        wanted = request.read is Read.CLS_ATTENTION
+        hidden, cls_row = network.text_over_image(
+            request.input_ids, request.text_mask, request.image_tokens, request.image_index, cls_attention=wanted
+        )
+        rows = hidden
+    return _read(request, hidden, rows, cls_row)
+
+
+def _read(request: Request, hidden: Tensor, rows: Tensor, cls_row: Tensor | None) -> Tensor:
+    if request.read is Read.CLS:
+        return hidden[:, 0]
+    if request.read is Read.ALL:
+        return hidden
+    if request.read is Read.ROWS and request.rows is not None:
+        return rows.flatten(0, 1).index_select(0, request.rows)
+    if cls_row is None:
+        raise ValueError(f"nothing to read for {request.read}")
+    return cls_row
+
+
+def _spread(features: Tensor) -> Tensor:
+    """Return 1 - |mean of unit vectors|^2: 0 when all features are the same, near 1 when they are spread."""
+    return 1 - features.mean(0).square().sum()

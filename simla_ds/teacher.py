@@ -1,0 +1,101 @@
+"""The momentum teacher: an exponential moving average of the student, kept in float32.  (SIMLA section 3.3, as MoCo)
+
+Pure torch: where the student's float32 values come from (a plain module, ZeRO shards, an offloaded optimizer) is the
+business of a ParameterSource.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from simla_ds.model.simla import Simla
+
+
+class ParameterSource(Protocol):
+    """Whoever knows the student's float32 parameters."""
+
+    def fp32_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each student parameter once: its name in the model and its whole float32 value, on every rank."""
+        ...
+
+
+class ModuleSource:
+    """The float32 values of a module that no optimizer shards or casts."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def fp32_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the module's own parameters."""
+        for name, parameter in self.module.named_parameters():
+            yield name, parameter.detach()
+
+
+class Teacher:
+    """A copy of the student that follows it: theta_m <- m theta_m + (1 - m) theta.
+
+    `master` is float32: in bfloat16 a momentum of .995 would round every small step away. `module` computes in the
+    training dtype and is refreshed from the master. It is no submodule of what DeepSpeed wraps.
+    """
+
+    def __init__(self, student: Simla, *, dropout: bool, dtype: torch.dtype = torch.float32):
+        self.module = copy.deepcopy(student)
+        self.module.requires_grad_(False)
+        self.module.set_activation_checkpointing(False)  # nothing is differentiated, nothing is worth recomputing
+        self.module.train(dropout)
+        self.master = {name: p.detach().float().clone() for name, p in self.module.named_parameters()}
+        self.set_dtype(dtype)
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Compute in dtype. In float32 the module's parameters are the master itself."""
+        self.dtype = dtype
+        self.module.to(dtype)
+        for name, parameter in self.module.named_parameters():
+            parameter.data = self.master[name] if dtype == torch.float32 else self.master[name].to(dtype)
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Move to a device and return self."""
+        self.module.to(device)
+        self.master = {name: value.to(device) for name, value in self.master.items()}
+        self.set_dtype(self.dtype)
+        return self
+
+    @torch.no_grad()
+    def update(self, source: ParameterSource, momentum: float) -> None:
+        """Move towards the student by 1 - momentum; once per applied optimizer step."""
+        seen = set()
+        for name, value in source.fp32_parameters():
+            self.master[name].lerp_(value.to(self.master[name].device), 1 - momentum)
+            seen.add(name)
+        if missing := self.master.keys() - seen:
+            raise RuntimeError(f"the teacher got no value for {len(missing)} parameter(s), first {min(missing)}")
+        self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        if self.dtype != torch.float32:
+            for name, parameter in self.module.named_parameters():
+                parameter.copy_(self.master[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the float32 master, by student parameter name."""
+        return self.master
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what state_dict returned. ValueError when names or shapes differ."""
+        if state.keys() != self.master.keys():
+            odd = sorted(state.keys() ^ self.master.keys())
+            raise ValueError(f"the checkpoint's teacher has other parameters than this model: {len(odd)}, first {odd[0]}")
+        for name, value in self.master.items():
+            if state[name].shape != value.shape:
+                raise ValueError(
+                    f"the checkpoint's teacher has {name} {tuple(state[name].shape)}, this model {tuple(value.shape)}"
+                )
+            value.copy_(state[name])
+        self._refresh()
