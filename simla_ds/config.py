@@ -399,8 +399,6 @@ class TrainConfig:
     """Optimizer steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
-    max_bad_steps: int = 10
-    """Optimizer steps in a row with a loss or gradient that is not finite, after which training stops."""
     wandb_project: str = ""
     """Weights & Biases project to log to (extra `track`); empty: off."""
 

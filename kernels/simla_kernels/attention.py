@@ -55,7 +55,10 @@ def cross_attention(
         key_mask = None if key_mask is None else key_mask.index_select(0, kv_index)
     visible = None if key_mask is None else key_mask[:, None, None, :]
     if _sdpa_is_faster(q, k, dropout_p) and not return_cls_row:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p)
+        if visible is None:
+            return out
+        return torch.where(visible.any(-1, keepdim=True), out, v.mean(2, keepdim=True))  # SDPA gives 0 for no keys
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if visible is not None:
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)

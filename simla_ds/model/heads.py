@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simla_ds.config import ModelConfig
-from simla_ds.model.stream import LAYER_NORM_EPS
+from simla_ds.model.stream import LAYER_NORM_EPS, init_linear
 
 
 class LanguageHead(nn.Module):
@@ -19,8 +19,7 @@ class LanguageHead(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder = nn.Linear(width, word_embeddings.num_embeddings)
         self.decoder.weight = word_embeddings.weight
-        nn.init.normal_(self.transform.weight, std=0.02)
-        nn.init.zeros_(self.transform.bias)
+        init_linear(self.transform, width)
         nn.init.zeros_(self.decoder.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 _RULES = [
+    (r"LayerNorm\.gamma$", "LayerNorm.weight"),  # the oldest BERT files, bert-base-uncased among them
+    (r"LayerNorm\.beta$", "LayerNorm.bias"),
+    (r"^text_encoder\.(embeddings|encoder)\.", r"text_encoder.bert.\1."),  # as downstream models spell it
     (r"^visual_encoder\.", "image_encoder."),
     (r"^text_encoder\.cls\.predictions\.transform\.dense\.", "language_head.transform."),
     (r"^text_encoder\.cls\.predictions\.transform\.LayerNorm\.", "language_head.norm."),
@@ -32,8 +39,22 @@ ALIASES = (
     "text_encoder.cls.predictions.decoder.weight",
     "text_encoder.cls.predictions.decoder.bias",
     "text_encoder.bert.embeddings.position_ids",
+    "text_encoder.embeddings.position_ids",
 )
 """Saved twice, or no parameter at all."""
+
+BUFFERS = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
+"""The feature queue: no parameters of the network."""
+
+
+@dataclass
+class PublishedState:
+    """A published state dict, sorted. Aliases and buffers are in none of its parts."""
+
+    student: dict[str, Tensor] = field(default_factory=dict)
+    """By this project's names; the scalar temperature as (1,)."""
+    teacher: dict[str, Tensor] = field(default_factory=dict)
+    """The momentum copies (`_m`), by the student's names."""
 
 
 def our_name(official: str) -> str:
@@ -47,3 +68,22 @@ def split_teacher(official: str) -> tuple[str, bool]:
     """Return the student's name of a published parameter and whether it is the teacher's (`vision_proj_m.weight`)."""
     first, dot, rest = official.partition(".")
     return (first.removesuffix("_m") + dot + rest, True) if first.endswith("_m") else (official, False)
+
+
+def translate(weights: Mapping[str, Tensor]) -> PublishedState:
+    """Sort published parameters into student and teacher and give them this project's names.
+
+    The tied decoder is one parameter, `stream.embeddings.word.weight`. Unknown names are kept as they are.
+    Raises ValueError when a parameter is there under two spellings.
+    """
+    state = PublishedState()
+    for name, value in weights.items():
+        student_name, is_teacher = split_teacher(name)
+        if student_name in ALIASES or name in BUFFERS:
+            continue
+        part = state.teacher if is_teacher else state.student
+        ours = our_name(student_name)
+        if ours in part:
+            raise ValueError(f"{name} is there twice, under two spellings; both mean {ours}")
+        part[ours] = value.reshape(1) if value.dim() == 0 else value
+    return state

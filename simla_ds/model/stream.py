@@ -142,7 +142,7 @@ class Stream(nn.Module):
         first_fusing = 0 if config.shared else config.text_layers
         self.layers = nn.ModuleList(StreamLayer(config, fuses=i >= first_fusing) for i in range(config.depth))
         self.activation_checkpointing = False
-        self.apply(_init_bert)
+        self.apply(lambda module: init_linear(module, config.width))
 
     def forward(
         self,
@@ -179,11 +179,11 @@ class Stream(nn.Module):
         return x, cls_row
 
 
-def _init_bert(module: nn.Module) -> None:
-    """BERT's start values: N(0, .02), zero biases, zero padding row."""
+def init_linear(module: nn.Module, width: int) -> None:
+    """BERT's start values: N(0, .02) at width 768, scaled so that outputs vary alike at any width; zero biases."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02 * (768 / width) ** 0.5)
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         with torch.no_grad():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simla_ds.config import VisionConfig
+from simla_ds.model.stream import init_linear
 
 
 class ImageEncoder(VisionTransformer):
@@ -29,6 +30,7 @@ class ImageEncoder(VisionTransformer):
             global_pool="",
             dynamic_img_size=True,  # other resolutions resample pos_embed
         )
+        self.blocks.apply(lambda module: init_linear(module, config.width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.activation_checkpointing = False
 

@@ -1,0 +1,154 @@
+"""The console command `simla`.
+
+Exit status: 0 done; 1 failed (a check out of tolerance); 2 wrong use or bad input, with one line on stderr that says
+what to change. Each command imports what it needs when it runs, so that `simla --help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from simla_ds import __version__
+
+DONE, FAILED, WRONG_USE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:  # bad input, a missing file, a full disk: not a bug, so no traceback
+        print(f"simla: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG_USE
+
+
+def _prepare_scenes(arguments: argparse.Namespace) -> int:
+    from simla_ds.data.scenes.prepare import prepare_scenes
+
+    prepare_scenes(
+        arguments.out, train=arguments.train, seed=arguments.seed, size=arguments.size, workers=arguments.workers
+    )
+    return DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from simla_ds.verify import verify_reference
+
+    agrees = verify_reference(
+        arguments.reference,
+        loss_tolerance=arguments.loss_tolerance,
+        tolerance=arguments.tolerance,
+        json_out=arguments.json,
+    )
+    return DONE if agrees else FAILED
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from simla_ds.demo import run_demo
+
+    return run_demo(arguments.out)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but no "(default: None)"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="simla",
+        description="SIMLA: single-stream multi-level alignment for vision and language.",
+        epilog="Training: launch/pretrain.py --help. Exit status: 0 done, 1 failed, 2 wrong use or bad input.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"simla {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_prepare(commands)
+    _add_verify(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _command(
+    commands, name: str, summary: str, run: Callable | None = None, detail: str = ""
+) -> argparse.ArgumentParser:
+    """Add a command whose help shows every default."""
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. {detail}".strip(),
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    if run is not None:
+        command.set_defaults(run=run)
+    return command
+
+
+def _add_prepare(commands) -> None:
+    prepare = _command(commands, "prepare", "make training data")
+    kinds = prepare.add_subparsers(title="kinds of data", metavar="KIND", required=True)
+    scenes = _command(
+        kinds,
+        "scenes",
+        "compose the embedded scenes into shards",
+        _prepare_scenes,
+        "Writes shards of every split, the tokeniser, the patch codebook and a contact sheet; the same options give "
+        "the same files.",
+    )
+    scenes.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    scenes.add_argument("--train", type=_positive, default=20_000, metavar="N", help="training scenes")
+    scenes.add_argument("--seed", type=int, default=0, metavar="N", help="every random choice follows from it")
+    scenes.add_argument("--size", type=_positive, default=128, metavar="PIXELS", help="side of a picture")
+    scenes.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
+
+
+def _add_verify(commands) -> None:
+    verify = _command(
+        commands,
+        "verify",
+        "re-run a recorded training step and compare",
+        _verify,
+        "Losses, gradients, norms, teacher, queue and optimizer step of the training classes against the recording. "
+        "Ends with status 0 only if all are within tolerance.",
+    )
+    verify.add_argument("--reference", type=Path, required=True, metavar="DIR", help="folder of the recording")
+    verify.add_argument("--json", type=Path, metavar="OUT", help="also write the comparisons to this file")
+    verify.add_argument(
+        "--loss-tolerance", type=float, default=1e-5, metavar="X", help="largest relative error of a loss"
+    )
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
+        help="largest error of a tensor over its largest magnitude",
+    )
+
+
+def _add_demo(commands) -> None:
+    demo = _command(
+        commands,
+        "demo",
+        "prepare scenes, train, evaluate and draw the results",
+        _demo,
+        "About 12 minutes on two cores.",
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the results")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

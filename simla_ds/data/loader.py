@@ -1,0 +1,279 @@
+"""Batches in one exact global order, whatever the number of ranks and workers, that can be taken up again anywhere.
+
+Workers turn chunks of this rank's consecutive global indices into pairs, or into the reason why a sample cannot be
+used; the training process re-batches the in-order stream of good ones. A bad sample so shifts this rank's stream
+only, and the position is one global index per rank.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from simla_ds.config import Config
+from simla_ds.data.batch import Pair, PairMaker, Tokenizer, collate
+from simla_ds.data.order import EpochOrder, Stream, sample_generator
+from simla_ds.data.sample import Reason, SkipSample
+from simla_ds.data.shards import ShardFiles, find_shards, open_shard
+from simla_ds.types import Batch
+
+_CHUNK = 16
+"""Most samples that a worker reads between two deliveries."""
+
+
+@dataclass
+class Chunk:
+    """What a worker hands over: results in order, their pictures as one tensor each (one piece of shared memory)."""
+
+    results: list[tuple[int, Pair | Reason]]
+    """(global index, pair without its views or why it was skipped)."""
+    images: Tensor | None
+    """(pairs, 3, S, S) uint8; None when every sample was skipped."""
+    visual_views: Tensor | None
+    """(pairs, 3, V, V) uint8, or None."""
+
+    def unpack(self) -> Iterator[tuple[int, Pair | Reason]]:
+        """Give the pairs their views back."""
+        row = 0
+        for index, result in self.results:
+            if isinstance(result, Pair):
+                assert self.images is not None
+                result.image = self.images[row]
+                result.visual_view = None if self.visual_views is None else self.visual_views[row]
+                row += 1
+            yield index, result
+
+
+class PairDataset(Dataset):
+    """Pairs by global index, over all epochs."""
+
+    def __init__(self, files: ShardFiles, maker: PairMaker, order: EpochOrder, seed: int):
+        self.files, self.maker, self.order, self.seed = files, maker, order, seed
+
+    def __getitem__(self, global_index: int) -> Pair:
+        """Read one pair. Raises SkipSample."""
+        return read_pair(self.files, self.maker, *self.order.locate(global_index), self.seed, global_index)
+
+    def __getitems__(self, global_indices: list[int]) -> Chunk:
+        """Read several, as a worker does."""
+        results: list[tuple[int, Pair | Reason]] = []
+        images, visual_views = [], []
+        for index in global_indices:
+            try:
+                pair = self[index]
+            except SkipSample as skip:
+                results.append((index, skip.reason))
+                continue
+            images.append(pair.image)
+            if pair.visual_view is not None:
+                visual_views.append(pair.visual_view)
+            pair.image = pair.visual_view = None
+            results.append((index, pair))
+        return Chunk(
+            results,
+            torch.stack(images) if images else None,
+            torch.stack(visual_views) if visual_views else None,
+        )
+
+
+def read_pair(files: ShardFiles, maker: PairMaker, shard: int, number: int, seed: int, index: int) -> Pair:
+    """Sample `number` of a shard with the random draws of (seed, index). Raises SkipSample."""
+    try:
+        members = files.read(shard, number)
+    except OSError:
+        raise SkipSample("sample unreadable") from None
+    return maker.make(files.shards[shard].key(number), members, sample_generator(seed, index))
+
+
+class PairLoader:
+    """Endless iterator over one rank's training batches.
+
+    `skipped` counts, by reason, the samples that were passed over before the last batch handed out.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, visual_view_size: int, rank: int = 0, world_size: int = 1):
+        """visual_view_size: side in pixels of Batch.visual_view; 0 leaves it out.
+
+        Raises ValueError when data.train matches no shards or holds fewer samples than one batch of all ranks.
+        """
+        shards = [open_shard(path) for path in find_shards(config.data.train)]
+        seed = config.train.seed
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.vocabulary = tokenizer.vocabulary
+        # A shard's damage is one skip of the whole run, hence of one rank
+        self.skipped: Counter[str] = Counter(shard.problem for shard in shards if shard.problem and rank == 0)
+        order = EpochOrder([len(shard) for shard in shards], config.data.shuffle_window, seed)
+        self.epoch_size = len(order)
+        self._check_size()
+        maker = PairMaker(config, tokenizer, visual_view_size, train=True)
+        self.dataset = PairDataset(ShardFiles(shards), maker, order, seed)
+        self._stream = Stream()
+        self._element = rank
+        """Number in _stream of the next sample that no batch has passed."""
+        self._pending: deque[tuple[int, Pair | Reason]] = deque()
+        self._chunks: Iterator[Chunk] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """Return the next batch of train.batch_size good samples."""
+        pairs: list[Pair] = []
+        passed: Counter[str] = Counter()
+        in_a_row = 0
+        while len(pairs) < self.config.train.batch_size:
+            result = self._next_result()
+            if isinstance(result, Pair):
+                pairs.append(result)
+                in_a_row = 0
+                continue
+            passed[result] += 1
+            in_a_row += 1
+            if in_a_row >= self.epoch_size:
+                self.close()
+                reasons = ", ".join(f"{reason}: {count}" for reason, count in passed.most_common())
+                raise ValueError(
+                    f"data.train={self.config.data.train}: none of {in_a_row} samples is usable ({reasons})"
+                )
+        self.skipped += passed
+        return collate(pairs, self.vocabulary)
+
+    def local_position(self) -> int:
+        """Global index of the first sample of this rank that no batch has passed; what is prefetched does not count."""
+        return self._stream.global_index(self._element)
+
+    def state_dict(self, positions: Sequence[int] | None = None) -> dict[str, Any]:
+        """The position as JSON. positions: local_position() of every rank, needed when there are several."""
+        if positions is None and self.world_size == 1:
+            positions = [self.local_position()]
+        if positions is None or len(positions) != self.world_size:
+            raise ValueError(f"state_dict needs local_position() of all {self.world_size} ranks, got {positions}")
+        return {
+            "epoch_size": self.epoch_size,
+            "seed": self.config.train.seed,
+            "shuffle_window": self.config.data.shuffle_window,
+            "left_over": list(self._stream.left_over),
+            "start": self._stream.start,
+            "next": list(positions),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where state_dict() was taken, at the same or another number of ranks: every sample once per epoch.
+
+        Raises ValueError when the data or the order are not those of the state.
+        """
+        for name, setting, now in (
+            ("epoch_size", "samples of data.train", self.epoch_size),
+            ("seed", "train.seed", self.config.train.seed),
+            ("shuffle_window", "data.shuffle_window", self.config.data.shuffle_window),
+        ):
+            if state.get(name, now) != now:
+                raise ValueError(
+                    f"{setting}: {now} now, {state[name]} in the checkpoint, whose position in the data means nothing "
+                    "here; restore it, or start afresh in another --output"
+                )
+        self.close()
+        stream = Stream(tuple(state.get("left_over", ())), state.get("start", 0))
+        following = state["next"]
+        if len(following) == self.world_size:
+            self._stream, self._element = stream, stream.element(following[self.rank])
+        else:
+            self._stream, self._element = stream.resumed(following), self.rank
+
+    def close(self) -> None:
+        """End the workers. Iterating again starts new ones at the current position."""
+        self._pending.clear()
+        self._chunks = None  # torch's iterator ends its processes when it is dropped
+
+    def _next_result(self) -> Pair | Reason:
+        if self._chunks is None:
+            self._chunks = iter(self._data_loader())
+        while not self._pending:
+            self._pending.extend(next(self._chunks).unpack())
+        _, result = self._pending.popleft()
+        self._element += self.world_size
+        return result
+
+    def _data_loader(self) -> DataLoader:
+        workers, batch_size = self.config.data.workers, self.config.train.batch_size
+        chunk = min(_CHUNK, batch_size)
+        ahead = max(2, -(-2 * batch_size // (chunk * workers))) if workers else None  # two batches at least
+        return DataLoader(
+            self.dataset,
+            batch_sampler=_chunked(self._stream, self._element, self.world_size, chunk),
+            num_workers=workers,
+            prefetch_factor=ahead,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # or starting workers would draw from the generator that dropout uses
+        )
+
+    def _check_size(self) -> None:
+        train, batch_size = self.config.data.train, self.config.train.batch_size
+        if self.epoch_size < batch_size * self.world_size:
+            raise ValueError(
+                f"data.train={train} holds {self.epoch_size} samples, fewer than one batch of {batch_size} pairs on "
+                f"{self.world_size} rank(s); set train.batch_size <= {self.epoch_size // self.world_size} or add data"
+            )
+
+
+def eval_batches(
+    config: Config,
+    shards: str,
+    tokenizer: Tokenizer,
+    visual_view_size: int,
+    *,
+    limit: int = 0,
+    batch_size: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Batch, list[dict[str, str]]]]:
+    """Held-out batches: whole pictures, masks and draws fixed by (seed, number of the sample), in file order.
+
+    shards: as data.val. limit: look at the first so many samples only (0: all); those that cannot be used are left
+    out. batch_size: 0 takes eval.batch_size; the last batch may be smaller. Rank r gets samples r, r + world_size, ...
+    Yields each batch with `key` and (cleaned) `caption` of its samples.
+    """
+    files = ShardFiles([open_shard(path) for path in find_shards(shards, "data.val")])
+    maker = PairMaker(config, tokenizer, visual_view_size, train=False)
+    places = [(shard, number) for shard, index in enumerate(files.shards) for number in range(len(index))]
+    pairs: list[Pair] = []
+
+    def finished() -> tuple[Batch, list[dict[str, str]]]:
+        return collate(pairs, tokenizer.vocabulary), [{"key": pair.key, "caption": pair.caption} for pair in pairs]
+
+    for index in range(rank, min(limit or len(places), len(places)), world_size):
+        try:
+            pairs.append(read_pair(files, maker, *places[index], seed, index))
+        except SkipSample:
+            continue
+        if len(pairs) == (batch_size or config.eval.batch_size):
+            yield finished()
+            pairs = []
+    if pairs:
+        yield finished()
+
+
+def _chunked(stream: Stream, element: int, step: int, size: int) -> Iterator[list[int]]:
+    """Global indices of every step-th element of the stream, `size` at a time, without end."""
+    while True:
+        yield [stream.global_index(element + i * step) for i in range(size)]
+        element += size * step
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
+
+
+def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's: it checkpoints, then ends us
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,300 @@
+"""WebDataset shards on local disk: writing them reproducibly, finding them, and reading any sample of one.
+
+A shard is a tar; consecutive members that share the part of their name before the first dot are one sample
+(`000017.jpg` and `000017.json`: key `000017`). Nothing is ever extracted or unpickled: an index of names, offsets and
+sizes is built from the tar headers and members are read in place, so links and `../` names have no effect.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+from webdataset.shardlists import expand_urls
+from webdataset.writer import TarWriter
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+"""Extensions read as the picture, the first present one wins."""
+TEXTS = ("json", "txt")
+"""Extensions read as the caption."""
+MAX_MEMBER_BYTES = 64 << 20
+"""Larger members are not read, so that memory stays bounded."""
+
+_BLOCK = 512
+_INDEX_VERSION = 1
+_ARRAYS = ("names", "name_ends", "member_ends", "members")
+_REMOTE = ("pipe:", "http:", "https:", "s3:", "gs:")
+
+
+def write_shards(samples: Iterable[tuple[str, dict[str, bytes]]], folder: Path, shard_size: int) -> list[Path]:
+    """Write (key, {extension: bytes}) samples as folder/shard-000000.tar, ...; equal samples give equal bytes.
+
+    shard_size: samples per shard. Each shard is written under a temporary name and renamed when whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written, samples = [], iter(samples)
+    for first in samples:
+        path = folder / f"shard-{len(written):06d}.tar"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with TarWriter(str(temporary), encoder=False, mtime=0, user="simla", group="simla") as writer:
+                for key, members in chain([first], islice(samples, shard_size - 1)):
+                    writer.write({"__key__": key, **members})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        written.append(path)
+    return written
+
+
+def find_shards(spec: str, key: str = "data.train") -> list[str]:
+    """Paths of the shards that spec names: a folder, a file, a glob or a brace pattern; sorted.
+
+    Raises ValueError, naming the configuration key, when nothing matches or a file of a brace pattern is missing.
+    """
+    if spec.startswith(_REMOTE):
+        raise ValueError(f"{key}={spec}: remote shards are not read yet; copy them to a local folder")
+    expanded = os.path.expanduser(spec)
+    if os.path.isdir(expanded):
+        found = glob.glob(os.path.join(glob.escape(expanded), "*.tar"))
+    elif any(letter in expanded for letter in "*?["):
+        found = glob.glob(expanded)
+    else:
+        names = expand_urls(expanded) if expanded else []
+        found = [name for name in names if os.path.isfile(name)]
+        if found and len(found) < len(names):
+            missing = next(name for name in names if name not in set(found))
+            lost = len(names) - len(found)
+            raise ValueError(f"{key}={spec}: {lost} of {len(names)} shards are missing, first {missing}")
+    if not found:
+        raise ValueError(f"{key}={spec!r} matches no shards; give a folder with .tar files, a file or a brace pattern")
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Index of one tar, as arrays so that millions of samples stay small and are shared by forked workers."""
+
+    path: str
+    names: np.ndarray
+    """(bytes,) uint8: the keys, one after the other, UTF-8."""
+    name_ends: np.ndarray
+    """(n,) int64: where each key ends in names."""
+    member_ends: np.ndarray
+    """(n,) int64: where each sample's rows end in members."""
+    members: np.ndarray
+    """(m, 3) int64: number of the extension, offset in the tar, bytes."""
+    extensions: tuple[str, ...]
+    problem: str
+    """Empty, or why samples are missing: "shard truncated", "shard unreadable", "shard empty"."""
+
+    def __len__(self) -> int:
+        return len(self.name_ends)
+
+    def key(self, i: int) -> str:
+        """Name of sample i."""
+        start = self.name_ends[i - 1] if i else 0
+        return self.names[start : self.name_ends[i]].tobytes().decode("utf-8", "replace")
+
+    def sample(self, i: int) -> dict[str, tuple[int, int]]:
+        """{extension: (offset, bytes)} of sample i."""
+        start = self.member_ends[i - 1] if i else 0
+        rows = self.members[start : self.member_ends[i]].tolist()
+        return {self.extensions[extension]: (offset, size) for extension, offset, size in rows}
+
+
+def open_shard(path: str) -> Shard:
+    """Index of a tar: from PATH.index.npz when that is of this very tar, else from the headers, and then kept there."""
+    sidecar = f"{path}.index.npz"
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return _to_shard(path, [], "shard unreadable")
+    stamp = {"version": _INDEX_VERSION, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    try:
+        with np.load(sidecar, allow_pickle=False) as stored:
+            header = json.loads(stored["header"].tobytes())
+            if all(header[name] == value for name, value in stamp.items()):
+                arrays = {name: stored[name] for name in _ARRAYS}
+                return Shard(path, **arrays, extensions=tuple(header["extensions"]), problem=header["problem"])
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        pass  # none, or of another version or half-written by another program: built again below
+    shard = index_tar(path)
+    _store(sidecar, shard, stamp)
+    return shard
+
+
+def index_tar(path: str) -> Shard:
+    """Index of a tar from its headers. Of a tar cut in the middle, the whole samples before the cut."""
+    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    problem = cut_key = ""
+    try:
+        with open(path, "rb") as file:
+            for name, offset, size in _walk(file, os.fstat(file.fileno()).st_size):
+                key, extension = _split(name)
+                if not extension:
+                    continue
+                if not samples or samples[-1][0] != key or extension in samples[-1][1]:
+                    samples.append((key, {}))
+                samples[-1][1][extension] = (offset, size)
+    except _Damaged as damage:
+        problem, cut_key = damage.reason, _split(damage.name)[0]
+    except OSError:
+        problem = "shard unreadable"
+    if problem and samples:
+        key, last = samples[-1]
+        if key == cut_key or not (set(last) & set(PICTURES) and set(last) & set(TEXTS)):
+            samples.pop()
+    if not problem and not samples:
+        problem = "shard empty"
+    return _to_shard(path, samples, problem)
+
+
+class ShardFiles:
+    """Reads members of shards by position, keeping the last files open. Safe to copy into worker processes."""
+
+    def __init__(self, shards: list[Shard], keep_open: int = 32):
+        self.shards = shards
+        self.keep_open = keep_open
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __del__(self):
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, shard: int, i: int) -> dict[str, bytes | None]:
+        """Picture and texts of a sample by extension; None for members above MAX_MEMBER_BYTES."""
+        index = self.shards[shard].sample(i)
+        picture = next((extension for extension in PICTURES if extension in index), None)
+        wanted = [name for name in (picture, *TEXTS) if name is not None and name in index]
+        descriptor = self._descriptor(shard)
+        read: dict[str, bytes | None] = {}
+        for name in wanted:
+            offset, size = index[name]
+            read[name] = os.pread(descriptor, size, offset) if size <= MAX_MEMBER_BYTES else None
+        return read
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+        else:
+            self._open[shard] = os.open(self.shards[shard].path, os.O_RDONLY)
+            if len(self._open) > self.keep_open:
+                os.close(self._open.popitem(last=False)[1])
+        return self._open[shard]
+
+
+class _Damaged(Exception):
+    """The tar ends or breaks within `name`."""
+
+    def __init__(self, reason: str, name: str = ""):
+        self.reason, self.name = reason, name
+
+
+def _walk(file, end: int) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, bytes) of a tar's regular files (ustar, GNU, pax); unlike tarfile, say where it breaks."""
+    position, override = 0, {}
+    while True:
+        file.seek(position)
+        header = file.read(_BLOCK)
+        if len(header) < _BLOCK:
+            raise _Damaged("shard truncated")
+        if not header.rstrip(b"\0"):
+            return
+        size = _number(header[124:136])
+        if size is None or _number(header[148:156]) != sum(header[:148]) + sum(header[156:]) + 8 * 32:
+            raise _Damaged("shard unreadable")
+        size = int(override.get("size", size))
+        name, data = override.get("path") or _name(header), position + _BLOCK
+        if data + size > end:
+            raise _Damaged("shard truncated", name)
+        position = data + -(-size // _BLOCK) * _BLOCK
+        kind = header[156:157]
+        if kind == b"L":
+            override["path"] = file.read(min(size, 1 << 16)).rstrip(b"\0").decode("utf-8", "replace")
+        elif kind == b"x":
+            override.update(_pax_records(file.read(min(size, 1 << 20))))
+        elif kind not in (b"g", b"K"):
+            override = {}
+            if kind in (b"0", b"\0", b"7"):
+                yield name, data, size
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name.decode("utf-8", "replace")
+
+
+def _number(field: bytes) -> int | None:
+    """A number of a tar header: octal digits, or big-endian bytes after 0x80."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+    except ValueError:
+        return None
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """path and size of a pax header: records of the form `LENGTH KEY=VALUE\\n`."""
+    records = {}
+    while data:
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(data):
+            raise _Damaged("shard unreadable")
+        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        data = data[int(length) :]
+    return {key: records[key] for key in ("path", "size") if key in records}
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and lower-case extension of a member, split at the base name's first dot; no extension: not of a sample."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem else (name, "")
+
+
+def _to_shard(path: str, samples: list[tuple[str, dict[str, tuple[int, int]]]], problem: str) -> Shard:
+    keys = [key.encode() for key, _ in samples]
+    number: dict[str, int] = {}
+    rows = [
+        (number.setdefault(name, len(number)), offset, size)
+        for _, members in samples
+        for name, (offset, size) in members.items()
+    ]
+    return Shard(
+        path,
+        names=np.frombuffer(b"".join(keys), dtype=np.uint8),
+        name_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
+        member_ends=np.cumsum([len(members) for _, members in samples], dtype=np.int64),
+        members=np.array(rows, dtype=np.int64).reshape(-1, 3),
+        extensions=tuple(number),
+        problem=problem,
+    )
+
+
+def _store(sidecar: str, shard: Shard, stamp: dict[str, int]) -> None:
+    """Write the index under a temporary name, then rename; where the folder cannot be written, go without."""
+    temporary = f"{sidecar}.{os.getpid()}"
+    header = json.dumps({**stamp, "extensions": shard.extensions, "problem": shard.problem}).encode()
+    arrays = {name: getattr(shard, name) for name in _ARRAYS}
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, header=np.frombuffer(header, dtype=np.uint8), **arrays)
+        os.replace(temporary, sidecar)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Downstream tasks: model head, loss and evaluation protocol, one module each."""

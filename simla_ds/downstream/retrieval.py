@@ -1,0 +1,311 @@
+"""Zero-shot retrieval: the picture of a caption, the caption of a picture.  (SIMLA section 4, as ALBEF section 4)
+
+First by cosine similarity (ITC); then the best `rerank` candidates of each query are read together with it and ordered
+by ITM's raw logit of "matches". I pictures, T captions, U distinct captions, N tokens a picture, L tokens a caption,
+D width, E projection width, K candidates. Runs in one process; neither gradients nor deepspeed are needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from simla_ds.data.processor import SimlaProcessor
+from simla_ds.model.simla import Simla
+
+RECALL_AT = (1, 5, 10)
+DIRECTIONS = ("image_to_text", "text_to_image")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Everything that is compared, encoded once. Equal captions (the same tokens) are encoded once and score alike."""
+
+    image_feature: Tensor
+    """(I, E) float32 unit vectors."""
+    image_tokens: Tensor | None
+    """(I, N, D) on the host, in the model's dtype; None when nothing is re-ranked."""
+    text_feature: Tensor
+    """(U, E) float32 unit vectors."""
+    input_ids: Tensor
+    """(U, L) int64."""
+    text_mask: Tensor
+    """(U, L) bool."""
+    text_of_caption: Tensor
+    """(T,) int64."""
+    image_of_caption: Tensor
+    """(T,) int64, the picture that a caption was written for."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What each of Q queries found."""
+
+    rank: Tensor
+    """(Q,) int64 place of the first right answer, 0 is best."""
+    top: Tensor
+    """(Q, at most max(10, rerank)) int64 the answers in order: numbers of captions or of pictures."""
+
+    def measures(self) -> dict[str, float]:
+        """Return recall at 1, 5 and 10 in percent, mean and median rank counted from 1."""
+        recall = {f"r{k}": 100 * float((self.rank < k).double().mean()) for k in RECALL_AT}
+        place = (self.rank + 1).double()
+        return {**recall, "mean_rank": float(place.mean()), "median_rank": float(place.median())}
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """Rankings by `itc/DIRECTION` and, when re-ranked, `itm/DIRECTION`."""
+
+    rankings: dict[str, Ranking]
+    ceilings: dict[str, float]
+    """Percent that nobody can exceed, by `DIRECTION/rK`: captions with the same tokens but of different pictures cannot
+    be told apart, and equal scores are ordered as the captions are."""
+    chance: dict[str, float]
+    """Recall at 1 of a random order in percent, by DIRECTION."""
+    pictures: int
+    captions: int
+
+    def measures(self) -> dict[str, float]:
+        """Return every number under one flat name, such as `itm/text_to_image/r1`."""
+        found = {f"{key}/{name}": v for key, ranking in self.rankings.items() for name, v in ranking.measures().items()}
+        return {
+            **found,
+            **{f"ceiling/{key}": value for key, value in self.ceilings.items()},
+            **{f"chance/{key}/r1": value for key, value in self.chance.items()},
+            "pictures": self.pictures,
+            "captions": self.captions,
+        }
+
+
+@torch.no_grad()
+def retrieve(
+    model: Simla,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    rerank: int = 16,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> RetrievalResult:
+    """Rank all captions for each picture and all pictures for each caption.
+
+    Args:
+        model: in eval mode, on the device to use.
+        batches: `image` (B, 3, S, S), `input_ids` and `text_mask` (B, L), `image_id` (B,), as in types.Batch: a row per
+            caption. Rows that share an image_id are captions of one picture, which is encoded the first time.
+        rerank: candidates of each query that ITM orders (the paper takes 256 on COCO, 128 on Flickr30k); those behind
+            them keep ITC's order. 0: ITC only.
+        batch_size: queries compared, captions encoded and pairs re-ranked at a time. A chunk of similarities has
+            batch_size x max(I, T) numbers; the whole matrix is never made.
+        progress: show a bar for encoding and for re-ranking.
+    """
+    if model.training:
+        raise ValueError("retrieve needs model.eval(): dropout would make the ranking random")
+    gallery = encode(model, batches, keep_tokens=rerank > 0, batch_size=batch_size, progress=progress)
+    pictures, captions = len(gallery.image_feature), len(gallery.image_of_caption)
+    by_picture, by_caption = torch.arange(pictures), gallery.image_of_caption
+    rankings = {
+        "itc/image_to_text": rank_by_similarity(
+            gallery.image_feature, gallery.text_feature, by_picture, by_caption, rerank, batch_size,
+            key_row=gallery.text_of_caption,
+        ),
+        "itc/text_to_image": rank_by_similarity(
+            gallery.text_feature.index_select(0, gallery.text_of_caption), gallery.image_feature,
+            by_caption, by_picture, rerank, batch_size,
+        ),
+    }  # fmt: skip
+    if rerank:
+        first = [rankings[f"itc/{direction}"].top[:, :rerank] for direction in DIRECTIONS]
+        scores = match_candidates(model, gallery, *first, batch_size=batch_size, progress=progress)
+        groups = ((by_picture, by_caption), (by_caption, by_picture))
+        for direction, score, (query_group, key_group) in zip(DIRECTIONS, scores, groups, strict=True):
+            rankings[f"itm/{direction}"] = reorder(rankings[f"itc/{direction}"], score, query_group, key_group)
+    chance = {"image_to_text": 100 / pictures, "text_to_image": 100 / pictures}  # T / I captions are right among T
+    return RetrievalResult(rankings, ceilings(gallery), chance, pictures, captions)
+
+
+def encode(
+    model: Simla, batches: Iterable[Mapping[str, Any]], *, keep_tokens: bool, batch_size: int, progress: bool = False
+) -> Gallery:
+    """Encode every picture and every distinct caption once. ValueError when there is nothing to encode."""
+    device = next(model.parameters()).device
+    features, tokens = [], []
+    image_number: dict[int, int] = {}
+    text_number: dict[tuple[int, ...], int] = {}
+    text_of_caption, image_of_caption = [], []
+    for batch in tqdm(batches, desc="encoding", unit="batch", disable=not progress):
+        ids = batch["image_id"].tolist()
+        new = [row for row, image in enumerate(ids) if image not in image_number and image not in ids[:row]]
+        for row in new:
+            image_number[ids[row]] = len(image_number)
+        if new:
+            encoded = model.image_encoder(batch["image"][new].to(device))
+            features.append(model.image_feature(encoded).cpu())
+            tokens += [encoded.cpu()] if keep_tokens else []
+        for image, row, mask in zip(ids, batch["input_ids"], batch["text_mask"], strict=True):
+            text_of_caption.append(text_number.setdefault(tuple(row[mask].tolist()), len(text_number)))
+            image_of_caption.append(image_number[image])
+    if not features:
+        raise ValueError("there are no pairs to retrieve; check the annotations or the shards")
+    rows = [torch.tensor(text) for text in text_number]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=model.config.vocabulary.pad)
+    text_mask = torch.arange(input_ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    return Gallery(
+        image_feature=torch.cat(features),
+        image_tokens=torch.cat(tokens) if keep_tokens else None,
+        text_feature=torch.cat(list(_text_features(model, input_ids, text_mask, batch_size, device))),
+        input_ids=input_ids,
+        text_mask=text_mask,
+        text_of_caption=torch.tensor(text_of_caption),
+        image_of_caption=torch.tensor(image_of_caption),
+    )
+
+
+def _text_features(model: Simla, ids: Tensor, mask: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    for rows, row_mask in zip(ids.split(batch_size), mask.split(batch_size), strict=True):
+        length = int(row_mask.sum(1).max())
+        rows, row_mask = rows[:, :length].to(device), row_mask[:, :length].to(device)
+        yield model.text_feature(model.stream(model.stream.embeddings(rows), row_mask)[0]).cpu()
+
+
+def rank_by_similarity(
+    queries: Tensor,
+    keys: Tensor,
+    query_group: Tensor,
+    key_group: Tensor,
+    keep: int = 0,
+    chunk: int = 256,
+    key_row: Tensor | None = None,
+) -> Ranking:
+    """Order the keys of each query by inner product; equal ones stay in their order.
+
+    Args:
+        queries: (Q, E). keys: (U, E).
+        query_group: (Q,) and key_group (T,): a key is right when its group is the query's.
+        keep: answers kept per query, 10 at least.
+        chunk: queries at a time.
+        key_row: (T,) int64 the row of keys that each answer has; None: U = T, its own.
+    """
+    keep, ranks, top = max(keep, RECALL_AT[-1]), [], []
+    for rows, groups in zip(queries.split(chunk), query_group.split(chunk), strict=True):
+        similarity = rows @ keys.T
+        if key_row is not None:  # after the product: equal keys must not differ by rounding
+            similarity = similarity.index_select(1, key_row)
+        order = similarity.argsort(dim=-1, descending=True, stable=True)
+        ranks.append(_first_right(order, groups, key_group)[0])
+        top.append(order[:, :keep].clone())
+    return Ranking(torch.cat(ranks), torch.cat(top))
+
+
+def reorder(ranking: Ranking, scores: Tensor, query_group: Tensor, key_group: Tensor) -> Ranking:
+    """Order the first K answers by scores (Q, K), equal ones as they were; those behind them keep their places."""
+    count = scores.shape[1]
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    first = ranking.top[:, :count].gather(1, order)
+    place, found = _first_right(first, query_group, key_group)
+    return Ranking(torch.where(found, place, ranking.rank), torch.cat([first, ranking.top[:, count:]], dim=1))
+
+
+def _first_right(answers: Tensor, query_group: Tensor, key_group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the place of the first right answer in (Q, K), and whether there is one."""
+    right = key_group[answers] == query_group[:, None]
+    return right.int().argmax(-1), right.any(-1)
+
+
+def match_candidates(
+    model: Simla, gallery: Gallery, captions: Tensor, pictures: Tensor, *, batch_size: int, progress: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Score the candidate captions (I, K) of each picture and the candidate pictures (T, K) of each caption by ITM.
+
+    A pair that both directions ask for is scored once. Pairs are taken picture by picture, whose keys and values are
+    then projected once for all its captions of a batch.
+    """
+    texts = len(gallery.text_feature)
+    by_image = torch.arange(len(captions))[:, None] * texts + gallery.text_of_caption[captions]
+    by_text = pictures * texts + gallery.text_of_caption[:, None]
+    pairs, where = torch.cat([by_image.flatten(), by_text.flatten()]).unique(return_inverse=True)
+    scores = match_scores(model, gallery, pairs // texts, pairs % texts, batch_size=batch_size, progress=progress)
+    wanted = scores[where].split([by_image.numel(), by_text.numel()])
+    return wanted[0].view_as(by_image), wanted[1].view_as(by_text)
+
+
+@torch.no_grad()
+def match_scores(
+    model: Simla, gallery: Gallery, image: Tensor, text: Tensor, *, batch_size: int, progress: bool = False
+) -> Tensor:
+    """Return ITM's raw logit of class 1 for pairs of pictures (P,) and distinct captions (P,), (P,) float32."""
+    if gallery.image_tokens is None:
+        raise ValueError("the gallery was encoded without keep_tokens; there is nothing to read pairs from")
+    device, lengths, scores = next(model.parameters()).device, gallery.text_mask.sum(1), []
+    steps = range(0, len(image), batch_size)
+    for start in tqdm(steps, desc="re-ranking", unit="batch", disable=not progress):
+        rows = text[start : start + batch_size]
+        used, index = image[start : start + batch_size].unique(return_inverse=True)
+        length = int(lengths[rows].max())
+        hidden, _ = model.text_over_image(
+            gallery.input_ids[rows, :length].to(device),
+            gallery.text_mask[rows, :length].to(device),
+            gallery.image_tokens[used].to(device),
+            index.to(device),
+        )
+        scores.append(model.match_head(hidden[:, 0]).float()[:, 1].cpu())
+    return torch.cat(scores)
+
+
+def ceilings(gallery: Gallery) -> dict[str, float]:
+    """Return the highest possible recall in percent by `DIRECTION/rK` (see RetrievalResult.ceilings)."""
+    texts, images = gallery.text_of_caption.tolist(), gallery.image_of_caption.tolist()
+    said_of: dict[int, Counter[int]] = defaultdict(Counter)
+    ahead: dict[int, int] = {}
+    for text, image in zip(texts, images, strict=True):
+        others = said_of[text].total() - said_of[text][image]  # same words, earlier, of other pictures
+        ahead[image] = min(ahead.get(image, others), others)
+        said_of[text][image] += 1
+    found = {}
+    for k in RECALL_AT:
+        found[f"image_to_text/r{k}"] = 100 * sum(others < k for others in ahead.values()) / len(ahead)
+        # every query of the group gets the same pictures: best are those it was said of most often
+        best = sum(count for said in said_of.values() for _, count in said.most_common(k))
+        found[f"text_to_image/r{k}"] = 100 * best / len(texts)
+    return found
+
+
+def annotated(
+    file: Path, image_root: Path, processor: SimlaProcessor, batch_size: int = 16
+) -> Iterator[dict[str, Any]]:
+    """Yield batches for `retrieve` from a JSON list of {"image": path, "caption": [text, ...]}.
+
+    Paths are relative to image_root, batches have batch_size pictures. ValueError names the entry that cannot be used.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{file} must hold a list of entries, not one {type(entries).__name__}")
+    for number, entry in enumerate(entries):
+        captions = entry.get("caption") if isinstance(entry, dict) and isinstance(entry.get("image"), str) else None
+        captions = [captions] if isinstance(captions, str) else captions
+        if not (isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)):
+            raise ValueError(f'{file}: entry {number} must be {{"image": path, "caption": [text, ...]}}')
+        entry["caption"] = captions
+    for start in range(0, len(entries), batch_size):
+        chunk = entries[start : start + batch_size]
+        count = torch.tensor([len(entry["caption"]) for entry in chunk])
+        text = [caption for entry in chunk for caption in entry["caption"]]
+        inputs = processor([image_root / entry["image"] for entry in chunk], text)
+        yield {
+            "image": inputs["pixel_values"].repeat_interleave(count, dim=0),
+            "input_ids": inputs["input_ids"],
+            "text_mask": inputs["attention_mask"].bool(),
+            "image_id": torch.arange(start, start + len(chunk)).repeat_interleave(count),
+        }

@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: the only package that imports deepspeed."""

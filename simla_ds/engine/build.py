@@ -1,0 +1,180 @@
+"""From a configuration to everything a run needs, refusing what cannot work before anything is written."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simla_ds.config import Config
+from simla_ds.data.loader import PairLoader
+from simla_ds.data.text import TextTokenizer
+from simla_ds.data.visual_tokens import VisualTokenizer, load_visual_tokenizer
+from simla_ds.engine.distributed import Ranks, broadcast_object
+from simla_ds.model.pretrained import initialise
+from simla_ds.model.simla import Simla
+from simla_ds.objectives import FeatureQueue
+from simla_ds.task import PretrainTask
+from simla_ds.teacher import Teacher
+
+LIBRARIES = ("torch", "deepspeed", "transformers", "timm", "webdataset", "tokenizers", "safetensors", "triton", "numpy")
+
+CHECKPOINT_BYTES_PER_PARAMETER = 24
+"""fp32 weights, AdamW's two moments, a low-precision copy and the teacher, rounded up."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of, before DeepSpeed wraps the task."""
+
+    config: Config
+    """Completed: data paths and vocabularies filled in."""
+    tokenizer: TextTokenizer
+    visual_tokenizer: VisualTokenizer
+    loader: PairLoader
+    task: PretrainTask
+
+
+def build(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
+    """Find or prepare the data, check that everything fits, build student, teacher, queue and task.
+
+    Raises:
+        ValueError: the first thing that cannot work, with the setting to change.
+    """
+    config = with_data_paths(config, ranks)
+    tokenizer = TextTokenizer(
+        Path(config.data.tokenizer),
+        max_tokens=config.data.max_tokens,
+        add_sep=config.model.vocabulary.add_sep,
+    )
+    visual_tokenizer = load_visual_tokenizer(Path(config.data.visual_tokenizer), config.model.vision.grid)
+    vocabulary = replace(tokenizer.vocabulary, visual_size=visual_tokenizer.vocabulary_size)
+    config = replace(config, model=replace(config.model, vocabulary=vocabulary))
+    loader = PairLoader(config, tokenizer, visual_tokenizer.view_size, ranks.rank, ranks.world_size)
+    _check_sizes(config, loader.epoch_size)
+    torch.manual_seed(config.train.seed)  # the same start weights on every rank
+    model = Simla(config.model)
+    for report in initialise(model, config.init):
+        ranks.say(str(report))
+    model.temperature.clamp_()
+    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    _check_disk(config, sum(p.numel() for p in model.parameters()))
+    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype).to(ranks.device)
+    queue = _queue(config).to(ranks.device)
+    torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
+    task = PretrainTask(model, teacher, queue, config)
+    return Parts(config, tokenizer, visual_tokenizer.to(ranks.device), loader, task)
+
+
+def with_data_paths(config: Config, ranks: Ranks) -> Config:
+    """Fill in where data, tokenizer and visual tokeniser are; prepare the embedded scenes when they are asked for."""
+    data = config.data
+    if not data.train:
+        root = Path(data.scenes_dir)
+        _prepare_scenes(root, data.scenes_train, config.model.vision.image_size, config.model.vision.grid, ranks)
+        data = replace(data, train=str(root / "train"), val=data.val or str(root / "val"))
+    shards = Path(data.train)
+    folder = shards if shards.is_dir() else shards.parent
+    if not data.val and folder.name == "train" and (folder.parent / "val").is_dir():
+        data = replace(data, val=str(folder.parent / "val"))
+    return replace(
+        config,
+        data=replace(
+            data,
+            tokenizer=data.tokenizer or str(folder.parent / "tokenizer"),
+            visual_tokenizer=data.visual_tokenizer or str(folder.parent / "visual_tokens"),
+        ),
+    )
+
+
+def _prepare_scenes(root: Path, train: int, size: int, grid: int, ranks: Ranks) -> None:
+    """Make the scenes on the main rank, unless they are there already."""
+    problem = None
+    if ranks.is_main:
+        from simla_ds.data.scenes.prepare import prepare_scenes
+
+        try:
+            prepare_scenes(root, train=train, size=size, grid=grid)
+        except FileExistsError as error:
+            problem = f"{error} (data.scenes_dir={root}, data.scenes_train={train}, {size} px, {grid} x {grid} patches)"
+    if problem := broadcast_object(problem):
+        raise ValueError(problem)
+
+
+def _check_sizes(config: Config, epoch_size: int) -> None:
+    queue = config.objectives.itc.queue_size
+    if queue > epoch_size // 4:
+        raise ValueError(
+            f"objectives.itc.queue_size={queue} is more than a quarter of the {epoch_size} training pairs: the queue "
+            f"would hold the pictures it is contrasted with; set objectives.itc.queue_size <= {epoch_size // 4}"
+        )
+    if config.data.max_tokens > config.model.stream.max_positions:
+        raise ValueError(
+            f"data.max_tokens={config.data.max_tokens} exceeds model.stream.max_positions="
+            f"{config.model.stream.max_positions}; lower the one or raise the other"
+        )
+
+
+def _check_disk(config: Config, parameters: int) -> None:
+    folder = Path(config.output)
+    while not folder.exists():
+        folder = folder.parent
+    needed = parameters * CHECKPOINT_BYTES_PER_PARAMETER * (config.train.keep_checkpoints + 1)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{folder} has {free / 2**30:.1f} GiB free, {config.train.keep_checkpoints} checkpoints and one being "
+            f"written need about {needed / 2**30:.1f} GiB; set another --output or --train.keep_checkpoints 1"
+        )
+
+
+def _queue(config: Config) -> FeatureQueue:
+    size, width = config.objectives.itc.queue_size, config.model.projection_size
+    if config.official:
+        return FeatureQueue.random(size, width, config.train.seed)
+    return FeatureQueue(size, width)
+
+
+def describe_environment(ranks: Ranks, precision: str, zero_stage: int) -> dict[str, Any]:
+    """Return what a run ran on, for environment.json."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor(),
+        "world_size": ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "zero_stage": zero_stage,
+        "versions": versions,
+    }
+
+
+def same_model(ours: Config, theirs: dict[str, Any], path: Path) -> None:
+    """Raise ValueError when a checkpoint's model section differs, naming the first field and both values."""
+    difference = _first_difference(asdict(ours.model), theirs, "model")
+    if difference:
+        name, now, then = difference
+        raise ValueError(f"{path} was trained with {name}={then}, this run has {now}; set --{name} {then} or --output")
+
+
+def _first_difference(ours: Any, theirs: Any, name: str) -> tuple[str, Any, Any] | None:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key, value in ours.items():
+            found = _first_difference(value, theirs.get(key), f"{name}.{key}")
+            if found:
+                return found
+        return None
+    return None if ours == theirs else (name, ours, theirs)

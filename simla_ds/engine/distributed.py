@@ -1,0 +1,75 @@
+"""Ranks: starting, talking about it once, ending."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes and prints for all."""
+        return self.rank == 0
+
+    def say(self, line: str) -> None:
+        """Print a line once."""
+        if self.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+
+def start() -> Ranks:
+    """Join the process group that the launcher describes; alone, make one of a single process."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), torch.device(accelerator.current_device_name()))
+
+
+def finish() -> None:
+    """Leave the process group: at ZeRO-3 a process that ends without may abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's value on every rank, in rank order."""
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Average a tensor over ranks, in place, and return it."""
+    dist.all_reduce(values)
+    return values.div_(dist.get_world_size())

@@ -1,0 +1,292 @@
+"""The training loop.
+
+shard -> sample -> Batch -> engine(batch) -> engine.backward -> engine.step -> queue, teacher
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simla_ds.config import Config
+from simla_ds.engine.build import build, describe_environment, same_model
+from simla_ds.engine.checkpoint import find_checkpoint, load_checkpoint, prune_checkpoints, read_state, save_checkpoint
+from simla_ds.engine.deepspeed_config import resolve_deepspeed_config, resolve_precision
+from simla_ds.engine.distributed import Ranks, gather_objects, mean_over_ranks
+from simla_ds.engine.metrics import Alarms, Metrics, peak_memory_mb
+from simla_ds.engine.optimizer import forget_initial_step, learning_rate, set_learning_rate
+from simla_ds.engine.watch import Watch
+from simla_ds.engine.zero_teacher import EngineSource, clamp_temperature_master
+from simla_ds.hub import save_model_folder
+from simla_ds.model.simla import Simla
+from simla_ds.model.weight_decay import parameter_groups
+from simla_ds.parsing import dump_config
+from simla_ds.types import Batch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """One run: built whole or not at all, then `fit`."""
+
+    def __init__(self, config: Config, deepspeed_json: str | None, ranks: Ranks):
+        self.ranks = ranks
+        precision = resolve_precision(config.train.precision, ranks.device.type)
+        settings = resolve_deepspeed_config(
+            deepspeed_json or {}, config, ranks.world_size, precision, ranks.device.type
+        )
+        self.output = Path(config.output)
+        checkpoint = find_checkpoint(self.output, config.resume, ranks)
+        parts = build(config, ranks, DTYPES[precision])
+        self.config, self.loader, self.task = parts.config, parts.loader, parts.task
+        self.tokenizer, self.visual_tokenizer = parts.tokenizer, parts.visual_tokenizer
+        if checkpoint is not None:
+            self._check_resumable(checkpoint, settings)
+        self.queue, self.teacher = self.task.queue, self.task.teacher
+        self.micro_steps = config.train.grad_accumulation
+        self.global_batch = config.train.batch_size * self.micro_steps * ranks.world_size
+        self.total_steps = config.total_steps(self.global_batch)
+        self.zero_stage = settings["zero_optimization"]["stage"]
+        settings.update(_monitors(self.config))
+        groups = parameter_groups(self.task.model, config.optim.weight_decay, official=config.official)
+        self.engine, *_ = deepspeed.initialize(model=self.task, model_parameters=groups, config=settings)
+        forget_initial_step(self.engine)
+        self.source = EngineSource(self.engine)
+        self.step = 0
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        if ranks.is_main:
+            self._describe_run(precision)
+        self.metrics = Metrics(self.output, self.engine.monitor, self.total_steps, self.step, active=ranks.is_main)
+        self.alarms = Alarms(self.config)
+        self.watch = Watch(self.config, self.engine, self.task, self.source, self.tokenizer, self.visual_tokenizer)
+        self.window = _Window()
+
+    def fit(self) -> None:
+        """Train to the last step, then write final/."""
+        if self.step == 0:
+            self._evaluate()
+        while self.step < self.total_steps:
+            self._optimizer_step()
+            if self._due(self.config.train.log_every):
+                self._log()
+            if self._due(self.config.train.diagnose_every):
+                self._write(self.watch.gradient_shares(self.last_batch, self.alpha))
+            if self._due(self.config.eval.every) or self.step == self.total_steps:
+                self._evaluate()
+            if self._due(self.config.train.checkpoint_every) or self.step == self.total_steps:
+                self._checkpoint()
+        self._write_final()
+        self.loader.close()
+        self.metrics.close()
+
+    @property
+    def samples_seen(self) -> int:
+        """Pairs trained on so far, over all ranks."""
+        return self.step * self.global_batch
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the teacher's targets at this step."""
+        ramp = self.config.objectives.alpha_ramp_samples
+        return self.config.objectives.alpha * (min(1.0, self.samples_seen / ramp) if ramp else 1.0)
+
+    def _optimizer_step(self) -> None:
+        """Forward and backward of every micro-batch, one update, then the teacher."""
+        batches = self._next_batches()
+        set_learning_rate(self.engine, self._learning_rate())
+        momentum = self.config.teacher_momentum(self.global_batch)
+        for batch in batches:
+            if self.config.official:  # as published: the teacher moves before it is asked, at every forward
+                self.teacher.update(self.source, momentum)
+            outputs = self.engine(batch, alpha=self.alpha, step=self.step)
+            self.engine.backward(outputs["loss"])
+            self.engine.step()  # a no-op until the accumulation boundary
+            self.queue.push(**outputs["queue_rows"])
+            self.window.add(outputs)
+        if self.engine.was_step_applied():
+            model = self.config.model
+            clamp_temperature_master(self.engine, model.temperature_min, model.temperature_max)
+            if not self.config.official:
+                self.teacher.update(self.source, momentum)
+        self.last_batch = batches[-1]
+        self.step += 1
+
+    def _next_batches(self) -> list[Batch]:
+        """Return the micro-batches of one optimizer step, on the device.
+
+        All are fetched before the first forward: MLM and XMM divide by their counts over all ranks and micro-steps.
+        """
+        started = time.monotonic()
+        batches = [next(self.loader) for _ in range(self.micro_steps)]
+        self.window.data_wait += time.monotonic() - started
+        if not self.config.official:
+            counts = torch.stack([torch.cat([b["label_count"], b["masked_count"]]) for b in batches]).mean(0)
+            counts = mean_over_ranks(counts.to(self.ranks.device)).clamp(min=1e-6)
+            for batch in batches:
+                batch["label_count"], batch["masked_count"] = counts[:1], counts[1:]
+        return [self.watch.prepare(batch) for batch in batches]
+
+    def _learning_rate(self) -> float:
+        total = self.total_steps * self.global_batch
+        return learning_rate(self.config, self.samples_seen, total, self.global_batch)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _log(self) -> None:
+        """Write the means since the last line, over ranks."""
+        names, values = self.window.means()
+        numbers = dict(zip(names, mean_over_ranks(values).tolist(), strict=True))
+        bad = [name for name, value in numbers.items() if name.startswith("loss") and value != value]
+        if bad:
+            raise FloatingPointError(
+                f"step {self.step}: {', '.join(bad)} is not a number; the last checkpoint is kept. Lower "
+                f"optim.learning_rate ({self.config.optim.learning_rate}) or set train.precision fp32"
+            )
+        pairs = self.window.steps * self.config.train.batch_size * self.ranks.world_size
+        grad_norm = self.engine.get_global_grad_norm()
+        record = {
+            **numbers,
+            "lr": self._learning_rate(),
+            "alpha": self.alpha,
+            "grad_norm": float(grad_norm) if grad_norm is not None else None,
+            "samples_per_second": pairs / self.window.seconds(),
+            "data_wait": self.window.data_wait / max(1, self.window.steps // self.micro_steps),
+            "peak_memory_mb": peak_memory_mb(self.ranks.device),
+            "visual_codes_used": self.watch.codes_used(),
+            "skipped": dict(self.loader.skipped),
+        }
+        record = self._write(record)
+        self.metrics.show(record)
+        for alarm in self.alarms.check(record):
+            self.metrics.write(alarm)
+            self.metrics.say(f"ALARM {alarm['alarm']}: {alarm['message']}")
+        self.window = _Window()
+
+    def _write(self, record: dict[str, Any]) -> dict[str, Any]:
+        record = {"step": self.step, "samples_seen": self.samples_seen, **record}
+        self.metrics.write(record)
+        return record
+
+    def _evaluate(self) -> None:
+        """Held-out measures of student and teacher; every rank runs them, the main one writes."""
+        if not (self.config.data.val and self.config.eval.every):
+            return
+        started = time.monotonic()
+        record = self._write(self.watch.evaluate())
+        self.metrics.say(self.watch.summary(record))
+        self.window.pause(time.monotonic() - started)
+
+    def _checkpoint(self) -> None:
+        started = time.monotonic()
+        state = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "data": self.loader.state_dict(gather_objects(self.loader.local_position())),
+            "model": asdict(self.config.model),
+            "world_size": self.ranks.world_size,
+            "zero_stage": self.zero_stage,
+        }
+        folder = self.output / "checkpoints"
+        save_checkpoint(folder, self.engine, self.teacher, self.queue, state, self.ranks)
+        if self.ranks.is_main:
+            prune_checkpoints(folder, self.config.train.keep_checkpoints)
+        self.window.pause(time.monotonic() - started)
+
+    def _check_resumable(self, path: Path, settings: dict[str, Any]) -> None:
+        state = read_state(path)
+        same_model(self.config, state["model"], path)
+        for name, now in (("world_size", self.ranks.world_size), ("zero_stage", settings["zero_optimization"]["stage"])):
+            if state[name] != now:
+                raise ValueError(f"{path} was saved at {name}={state[name]}, this run has {now}; start it as it was")
+
+    def _resume(self, path: Path) -> None:
+        state = load_checkpoint(path, self.engine, self.teacher, self.queue, self.ranks)
+        self.step = state["step"]
+        self.loader.load_state(state["data"])
+        self.ranks.say(f"resumed from {path} at step {self.step} of {self.total_steps}")
+
+    def _describe_run(self, precision: str) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "config.yaml").write_text(dump_config(self.config))
+        environment = describe_environment(self.ranks, precision, self.zero_stage)
+        (self.output / "environment.json").write_text(json.dumps(environment, indent=1))
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.task.model.parameters())
+        self.ranks.say(
+            f"{parameters / 1e6:.1f} M parameters, {self.loader.epoch_size} pairs, {self.total_steps} steps of "
+            f"{self.global_batch} pairs on {self.ranks.world_size} {self.ranks.device.type} rank(s), {precision}, "
+            f"ZeRO-{self.zero_stage}, gradient clipping {self.config.clip or 'off'}, fidelity "
+            f"{self.config.objectives.fidelity}; output {self.output}"
+        )
+
+    def _write_final(self) -> None:
+        """Write final/ (student) and final/teacher, as model folders; all ranks gather, the main one writes."""
+        student = {name: value.to("cpu", copy=True) for name, value in self.source.fp32_parameters()}
+        if self.ranks.is_main:
+            networks = []
+            for state in (student, self.teacher.state_dict()):
+                network = Simla(self.config.model)
+                with torch.no_grad():
+                    for name, parameter in network.named_parameters():
+                        parameter.copy_(state[name])
+                networks.append(network)
+            save_model_folder(
+                networks[0],
+                self.output / "final",
+                Path(self.config.data.tokenizer),
+                {"step": self.step, "samples_seen": self.samples_seen},
+                teacher=networks[1],
+                max_words=self.config.data.max_words,
+                max_tokens=self.config.data.max_tokens,
+            )
+        dist.barrier()
+
+
+class _Window:
+    """What happened since the last log line. Tensors stay on the device until then."""
+
+    def __init__(self):
+        self.outputs: list[dict[str, Tensor]] = []
+        self.data_wait = 0.0
+        self.steps = 0
+        self._started = time.monotonic()
+
+    def add(self, outputs: dict[str, Any]) -> None:
+        """Keep a micro-step's scalars."""
+        losses = {f"loss/{name}": value for name, value in outputs["losses"].items()}
+        self.outputs.append({"loss": outputs["loss"].detach(), **losses, **outputs["monitor"]})
+        self.steps += 1
+
+    def means(self) -> tuple[list[str], Tensor]:
+        """Return names and their means over the micro-steps that have them."""
+        names = list(dict.fromkeys(name for scalars in self.outputs for name in scalars))
+        columns = [[scalars[name].float() for scalars in self.outputs if name in scalars] for name in names]
+        return names, torch.stack([torch.stack(column).mean() for column in columns])
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was not training."""
+        self._started += seconds
+
+    def seconds(self) -> float:
+        """Seconds of training."""
+        return max(1e-9, time.monotonic() - self._started)
+
+
+def _monitors(config: Config) -> dict[str, Any]:
+    """TensorBoard and CSV always, Weights & Biases when asked for, through DeepSpeed's monitor."""
+    sections: dict[str, Any] = {
+        "tensorboard": {"enabled": True, "output_path": config.output, "job_name": "tensorboard"},
+        "csv_monitor": {"enabled": True, "output_path": config.output, "job_name": "csv"},
+    }
+    if config.train.wandb_project:
+        sections["wandb"] = {"enabled": True, "project": config.train.wandb_project}
+    return sections

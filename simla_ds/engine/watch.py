@@ -1,0 +1,124 @@
+"""Watching it learn: held-out measures, shares of the gradient, codes in use.
+
+All of it runs on a plain copy of the student or on the teacher, never through the engine: DeepSpeed sees one forward
+and one backward per micro-batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from simla_ds.config import Config
+from simla_ds.data.text import TextTokenizer
+from simla_ds.data.visual_tokens import VisualTokenizer
+from simla_ds.engine.zero_teacher import EngineSource
+from simla_ds.evaluation import HeldOut
+from simla_ds.model.simla import Simla
+from simla_ds.task import PretrainTask
+from simla_ds.types import Batch
+
+
+class Watch:
+    """What is measured beside the training step."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: DeepSpeedEngine,
+        task: PretrainTask,
+        source: EngineSource,
+        tokenizer: TextTokenizer,
+        visual_tokenizer: VisualTokenizer,
+    ):
+        self.config, self.engine, self.task, self.source = config, engine, task, source
+        self.visual_tokenizer = visual_tokenizer
+        self.seen_codes = torch.zeros(visual_tokenizer.vocabulary_size, dtype=torch.bool, device=engine.device)
+        self.held_out = None
+        if config.data.val and config.eval.every:
+            self.held_out = HeldOut(config, tokenizer, visual_tokenizer, engine.device)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Move a batch to the device and make its visual tokens."""
+        moved: Any = {name: value.to(self.engine.device, non_blocking=True) for name, value in batch.items()}
+        view = moved.pop("visual_view", None)
+        if view is not None:
+            moved["visual_ids"] = self.visual_tokenizer(view)
+            self.seen_codes.index_fill_(0, moved["visual_ids"].flatten(), True)
+        return moved
+
+    def codes_used(self) -> float:
+        """Return the share of visual codes that have occurred since the start."""
+        return float(self.seen_codes.float().mean())
+
+    def evaluate(self) -> dict[str, float]:
+        """Return `eval/student/...` and `eval/teacher/...`; every rank must call it."""
+        if self.held_out is None:
+            raise RuntimeError("there are no held-out pairs to evaluate on")
+        teacher, student = self.task.teacher, self._plain_student()
+        record = {}
+        for role, network in (("student", student), ("teacher", teacher.module)):
+            measures = self.held_out.measure(network, teacher)
+            record.update({f"eval/{role}/{name}": value for name, value in measures.items()})
+        return record
+
+    @staticmethod
+    def summary(record: dict[str, Any]) -> str:
+        """Return a line for people."""
+        get = {k.removeprefix("eval/student/"): v for k, v in record.items() if k.startswith("eval/student/")}
+        losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in get.items() if k.startswith("loss/"))
+        recall = " ".join(f"{k} {v:.1f}" for k, v in get.items() if k.endswith("/r1"))
+        return f"step {record['step']} held out | {losses} | {recall}"
+
+    def gradient_shares(self, batch: Batch, alpha: float) -> dict[str, float]:
+        """Return each objective's share of the summed gradient norms at two places.
+
+        `image_cls`: the image encoder's [CLS], of the clean and of the masked picture. `fused_cls`: the first row entering the stream's last layer, in every
+        fused pass. Measured on the given batch, with the objectives' weights.
+        """
+        student = self._plain_student()
+        task = PretrainTask(student, self.task.teacher, self.task.queue, self.config)
+        fused: list[Tensor] = []
+
+        def keep(_module: Any, arguments: tuple[Any, ...]) -> None:
+            if arguments[2] is not None and arguments[0].requires_grad:  # (x, mask, context, ...)
+                fused.append(arguments[0])
+
+        hook = student.stream.layers[-1].register_forward_pre_hook(keep)
+        devices = [self.engine.device] if self.engine.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):  # dropout here must not shift the training's draws
+                features = task.features(batch)
+                outputs = task.outputs(batch, features, task.objectives)
+                losses = {n: o.loss(batch, features, outputs[n], alpha) for n, o in task.objectives.items()}
+        finally:
+            hook.remove()
+        shares: dict[str, float] = {}
+        images = [t for t in (features.student.image_tokens, features.student.masked_image_tokens) if t is not None]
+        for place, tensors in (("image_cls", images), ("fused_cls", fused)):
+            norms = {name: self._norm(name, loss, tensors) for name, loss in losses.items()}
+            total = sum(norms.values()) or 1.0
+            shares.update({f"gradient_share/{place}/{name}": norm / total for name, norm in norms.items()})
+        return shares
+
+    def _norm(self, name: str, loss: Tensor, tensors: list[Tensor]) -> float:
+        """Norm of a weighted loss's gradient at the first rows of tensors."""
+        weight = getattr(self.config.objectives, name).weight
+        gradients = torch.autograd.grad(loss * weight, tensors, retain_graph=True, allow_unused=True)
+        squares = [g[:, 0].float().square().sum() for g in gradients if g is not None]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    def _plain_student(self) -> Simla:
+        """Return the student as a module without DeepSpeed's hooks: at ZeRO-3 a gathered copy, else the model itself."""
+        if self.engine.zero_optimization_stage() < 3:
+            return self.task.model
+        copy = Simla(self.config.model).to(self.engine.device)
+        with torch.no_grad():
+            parameters = dict(copy.named_parameters())
+            for name, value in self.source.fp32_parameters():
+                parameters[name].copy_(value)
+        copy.to(self.task.teacher.dtype)
+        return copy.train(self.task.model.training)

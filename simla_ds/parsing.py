@@ -1,0 +1,194 @@
+"""From dataclasses to the command line and YAML: what launch/pretrain.py accepts.
+
+    pretrain.py [--deepspeed FILE.json] [--config RECIPE.yaml ...] [--KEY.SUBKEY VALUE ...]
+
+Keys, types, defaults and help come from simla_ds.config. Recipes are read in the order given, later ones win, and keys
+on the command line win over all of them. Wrong use ends with exit status 2 and one line, printed once per node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from simla_ds.config import Config
+
+_PROGRAM = "pretrain.py"
+_USAGE = f"{_PROGRAM} [--deepspeed FILE.json] [--config RECIPE.yaml ...] [--KEY.SUBKEY VALUE ...]"
+_UNKNOWN_KEY = (
+    re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)"),
+    re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'"),
+    re.compile(r"Option '(?P<key>[^']+)' is not accepted"),
+)
+"""jsonargparse's words for a key it doesn't know: on the command line, in a recipe's group, at a recipe's top."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchArguments:
+    """What the launcher decides, apart from the run's configuration."""
+
+    deepspeed: str | None = None
+    """DeepSpeed JSON: ZeRO and communication. None when the command line names none."""
+    local_rank: int = 0
+    """This process's number on its node."""
+
+
+def parse_config(argv: list[str]) -> tuple[Config, LaunchArguments]:
+    """Return the run's configuration and the launcher's arguments.
+
+    Exits with status 0 after --help and 2 on wrong use; only local rank 0 prints.
+    """
+    options, rest = _launch_parser().parse_known_args(argv)
+    with contextlib.ExitStack() as stack:
+        if options.local_rank > 0:
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        parser = _config_parser()
+        config = _build(parser, rest)
+        return config, LaunchArguments(deepspeed=_deepspeed_file(parser, options), local_rank=options.local_rank)
+
+
+def dump_config(config: Config) -> str:
+    """Return YAML that parse_config(["--config", FILE]) reads back to an equal Config."""
+    return "".join(_yaml_lines(asdict(config)))
+
+
+def _yaml_lines(values: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """JSON scalars are YAML too, and their quotes keep an output folder called 1e-5 a string."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield f"{indent}{key}:\n"
+            yield from _yaml_lines(value, indent + "  ")
+        else:
+            yield f"{indent}{key}: {json.dumps(value, ensure_ascii=False)}\n"
+
+
+class _OneLineParser(ArgumentParser):
+    """A parser whose errors are one line, with the nearest name to an unknown key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line to stderr and exit with status 2."""
+        _fail(self._with_hint(message))
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Return the help of every key, and of the launcher's arguments."""
+        return f"{super().format_help(*args, **kwargs)}\n{_launch_parser().format_help()}"
+
+    def _with_hint(self, message: str) -> str:
+        for pattern in _UNKNOWN_KEY:
+            if match := pattern.search(message):
+                key = ".".join(match.groupdict().values())
+                nearest = self._nearest(key)
+                hint = f"; did you mean --{nearest}?" if nearest else f"; see {_PROGRAM} --help"
+                return f"there is no key {key}{hint}"
+        if message.startswith("Unexpected config:"):
+            return "a recipe (--config) must hold keys, as those in launch/recipes; it is empty or a list"
+        message = re.sub(r"an? <class '(\w+)'>", r"\1", message).replace("a typing.", "one of ").replace("typing.", "")
+        return re.sub(r'Parser key "([^"]+)":', r"\1:", message)
+
+    def _nearest(self, key: str) -> str | None:
+        """Return the known dotted key most like this one, or most like it in its last part (batch_size)."""
+        known = [name[2:] for action in self._actions for name in action.option_strings if name.startswith("--")]
+        last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}  # reversed: of equal names the first stays
+        whole = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        part = [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.75)]
+        return next(iter(whole + part if "." in key else part + whole), None)
+
+
+class _LaunchParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _fail(message)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"{_PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _launch_parser() -> argparse.ArgumentParser:
+    parser = _LaunchParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    group = parser.add_argument_group("Launching")
+    group.add_argument("--deepspeed", nargs="?", const="", metavar="FILE.json", help="DeepSpeed JSON (default: none)")
+    group.add_argument("--deepspeed_config", metavar="FILE.json", help="the same, after a bare --deepspeed")
+    group.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        default=int(os.environ.get("LOCAL_RANK", 0)),
+        metavar="N",
+        help="this process's number on its node, given by the launcher (default: LOCAL_RANK, or 0)",
+    )
+    return parser
+
+
+def _config_parser() -> _OneLineParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _OneLineParser(prog=_PROGRAM, usage=_USAGE, allow_abbrev=False, description="Pretrain SIMLA.")
+    parser.add_argument("--config", action="config", help="Recipe (YAML); may be given several times, later ones win.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def _build(parser: _OneLineParser, argv: list[str]) -> Config:
+    try:
+        values = parser.parse_args(_recipes_first(argv))
+        if (problem := _empty_key(Config, values)) is not None:
+            raise ValueError(f"{problem}; see launch/recipes for an example, or leave out its line")
+        built = parser.instantiate(values)
+        return Config(**{item.name: built[item.name] for item in fields(Config)})
+    except UnicodeDecodeError as error:
+        parser.error(f"a recipe (--config) is not UTF-8 text: {error}")
+    except ValueError as error:  # a dataclass refused its values
+        parser.error(str(error))
+
+
+def _empty_key(kind: type, values: Namespace, prefix: str = "") -> str | None:
+    """Say which key a recipe leaves empty, or which group it gives a plain value; jsonargparse lets both through."""
+    for item in fields(kind):
+        key, value, group = prefix + item.name, values[item.name], item.default_factory
+        if is_dataclass(group):
+            if not isinstance(value, Namespace):
+                return f"{key}: expected keys of its own, got {'nothing' if value is None else value}"
+            if (problem := _empty_key(group, value, f"{key}.")) is not None:
+                return problem
+        elif value is None and item.default is not None:
+            return f"{key}: expected a value, got nothing"
+    return None
+
+
+def _recipes_first(argv: list[str]) -> list[str]:
+    """Move --config to the front: jsonargparse lets whatever comes later win, also a recipe over a key."""
+    recipes, others = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            recipes += [argument, *([value] if (value := next(arguments, None)) is not None else [])]
+        elif argument.startswith("--config="):
+            recipes.append(argument)
+        else:
+            others.append(argument)
+    return recipes + others
+
+
+def _deepspeed_file(parser: _OneLineParser, options: argparse.Namespace) -> str | None:
+    if options.deepspeed and options.deepspeed_config and options.deepspeed != options.deepspeed_config:
+        parser.error(
+            f"--deepspeed {options.deepspeed} and --deepspeed_config {options.deepspeed_config} differ; give one file"
+        )
+    file = options.deepspeed or options.deepspeed_config
+    if options.deepspeed == "" and not file:
+        parser.error("--deepspeed names no file; give one, such as --deepspeed ds_configs/zero2.json")
+    if file and not os.path.isfile(file):
+        parser.error(f"--deepspeed {file}: no such file")
+    return file

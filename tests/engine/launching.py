@@ -1,0 +1,62 @@
+"""Running a script under the real DeepSpeed launcher, on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CORES = 2
+"""What the tests may assume of the machine."""
+
+
+def launch(
+    script: str | Path, *args: str, ranks: int = 1, timeout: float = 120, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `deepspeed --num_accelerators RANKS SCRIPT ARGS` over gloo; return exit status, stdout and stderr.
+
+    A script that does not end in .py is a module's dotted name, run from the checkout (so that it can import tests.*).
+    On timeout the launcher and all its ranks are killed and a TimeoutError tells what they had printed.
+    """
+    scripts = Path(sys.executable).parent  # of the environment: `deepspeed`, and ninja, which torch looks for on PATH
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": str(max(1, CORES // ranks)),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    command = [sys.executable, str(scripts / "deepspeed"), "--num_accelerators", str(ranks)]
+    command += ["--master_port", str(free_port())]
+    if not str(script).endswith(".py"):
+        command.append("--module")
+        cwd = cwd or ROOT
+    command += [str(script), *args]
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # a process group of its own, to be killed whole
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise TimeoutError(f"{script} ran longer than {timeout} s\n{stdout[-4000:]}\n{stderr[-4000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,268 @@
+"""A rank of tests/engine/test_zero_teacher.py: trains under DeepSpeed in one layout after another.
+
+For each layout it reports, as one JSON line, how far the teacher is from an EMA made by other means, and where the
+temperature went when it was driven past its bounds. The fp32 weights are put together here from the optimizer's own
+flat buffers and their documented order, without anything that simla_ds.engine.zero_teacher uses.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from simla_ds.config import OptimConfig, TrainConfig
+from simla_ds.engine.deepspeed_config import resolve_deepspeed_config
+from simla_ds.engine.distributed import finish, start
+from simla_ds.engine.optimizer import forget_initial_step, set_learning_rate
+from simla_ds.engine.zero_teacher import EngineSource, clamp_temperature_master
+from simla_ds.model.weight_decay import parameter_groups
+from simla_ds.task import PretrainTask
+from simla_ds.teacher import Teacher
+from tests.tiny import STREAM, VISION, make_batch, make_task, run_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
+MOMENTUM = 0.98
+RATE = 2e-3
+BATCHES = 4
+FROZEN = "match_head.bias"
+TEMPERATURE = "temperature.value"
+
+
+class OnePassTask(PretrainTask):
+    """The real task's model in one fused pass: every parameter gets a gradient, at a third of the cost."""
+
+    def forward(self, batch, **kwargs):
+        """Return `loss`."""
+        features = self.model.features(batch["image"], batch["input_ids"], batch["text_mask"], batch["patch_mask"])
+        fused, _ = self.model.text_over_image(batch["input_ids"], batch["text_mask"], features.image_tokens)
+        outputs = (
+            self.model.language_head(fused),
+            self.model.match_head(fused[:, 0]),
+            self.model.visual_head(features.masked_image_tokens),
+            self.model.concept_head(features.image_feature.to(fused.dtype)),
+            features.image_feature @ features.text_feature.T / self.model.temperature(),
+        )
+        return {"loss": torch.stack([output.float().square().mean() for output in outputs]).sum()}
+
+
+class DrivenTask(PretrainTask):
+    """Nothing but the temperature, pulled up (drive below 0) or down as hard as clipping lets it."""
+
+    def forward(self, drive):
+        """Return `loss` and the temperature that the similarities would be divided by."""
+        temperature = self.model.temperature()
+        return {"loss": (drive * temperature).squeeze(), "temperature": temperature.detach()}
+
+
+def settings_for(layout: str, config, world_size: int) -> tuple[dict, str]:
+    """Return DeepSpeed settings and precision of a layout such as `zero2_offload:bf16` or `zero0:bf16:fusedadam`."""
+    name, precision, *options = layout.split(":")
+    settings = resolve_deepspeed_config(CONFIGS / f"{name}.json", config, world_size, precision, "cpu")
+    if name.startswith("zero3"):  # tiny weights would all be kept whole, in one sub-group
+        settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 100, "sub_group_size": 4000}
+    if "fusedadam" in options:
+        settings["optimizer"]["params"] |= {"torch_adam": False}
+        del settings["optimizer"]["params"]["fused"]
+    return settings, precision
+
+
+def build(layout: str, world_size: int, kind: type[PretrainTask]) -> tuple[deepspeed.DeepSpeedEngine, PretrainTask]:
+    """Return a fresh engine around the real task, with one parameter frozen."""
+    config = run_config()
+    config = replace(
+        config,
+        model=replace(config.model, vision=replace(VISION, layers=1), stream=replace(STREAM, layers=1)),
+        optim=OptimConfig(learning_rate=RATE, weight_decay=0.05),
+        train=TrainConfig(batch_size=2),
+    )
+    settings, precision = settings_for(layout, config, world_size)
+    torch.manual_seed(0)
+    task = make_task(config)
+    task.__class__ = kind
+    task.model.get_parameter(FROZEN).requires_grad_(False)
+    task.teacher.set_dtype(DTYPES[precision])
+    groups = parameter_groups(task.model, config.optim.weight_decay, official=False)
+    engine, *_ = deepspeed.initialize(model=task, model_parameters=groups, config=settings)
+    forget_initial_step(engine)
+    return engine, task
+
+
+def gathered(piece: Tensor) -> list[Tensor]:
+    """Return every rank's piece, in rank order."""
+    parts = [torch.empty_like(piece) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, piece.detach().contiguous())
+    return parts
+
+
+def whole_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+    """Return the fp32 weights by name, out of the optimizer's flat buffers."""
+    optimizer, name_of = engine.optimizer, {id(p): n for n, p in engine.module.model.named_parameters()}
+    found: dict[str, Tensor] = {}
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3: each parameter cut in equal, padded parts
+        for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+            ranks, offset = gathered(flat), 0
+            for p in parameters:
+                part = -(-p.ds_numel // len(ranks))
+                whole = torch.cat([flat_of_rank[offset : offset + part] for flat_of_rank in ranks])
+                found[name_of[id(p)]] = whole[: p.ds_numel].view(p.ds_shape)
+                offset += part
+        return found
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):  # stages 1, 2: a group laid end to end, cut in equal parts
+        flats = [torch.cat(gathered(piece)) for piece in optimizer.single_partition_of_fp32_groups]
+        groups = optimizer.bit16_groups
+    elif hasattr(optimizer, "bf16_groups"):  # BF16_Optimizer: the same under other names
+        flats = [torch.cat(gathered(piece)) for piece in optimizer.fp32_groups_flat_partition]
+        groups = optimizer.bf16_groups
+    elif hasattr(optimizer, "fp32_groups_flat"):
+        flats, groups = optimizer.fp32_groups_flat, optimizer.fp16_groups
+    elif hasattr(optimizer, "fp32_groups"):
+        flats = [torch.cat([t.detach().flatten() for t in group]) for group in optimizer.fp32_groups]
+        groups = optimizer.fp16_groups
+    else:
+        flats = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in optimizer.param_groups]
+        groups = [group["params"] for group in optimizer.param_groups]
+    for parameters, flat in zip(groups, flats, strict=True):
+        offset = 0
+        for p in parameters:
+            found[name_of[id(p)]] = flat.detach()[offset : offset + p.numel()].view_as(p).clone()
+            offset += p.numel()
+    return found
+
+
+def forward_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+    """Return the weights that the forward reads, in the training dtype."""
+    parameters = list(engine.module.model.parameters())
+    if not hasattr(parameters[0], "ds_id"):
+        return {n: p.detach().clone() for n, p in engine.module.model.named_parameters()}
+    with deepspeed.zero.GatheredParameters(parameters):
+        return {n: p.detach().clone() for n, p in engine.module.model.named_parameters()}
+
+
+def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """Return the largest difference of any element."""
+    return max((left[name].double() - right[name].double()).abs().max().item() for name in right)
+
+
+class Follower:
+    """Runs steps on one engine and keeps three EMAs: the real teacher, the truth, one fed by the forward's weights."""
+
+    def __init__(self, layout: str, kind: type[PretrainTask], rank: int, world_size: int):
+        self.engine, self.task = build(layout, world_size, kind)
+        self.source = EngineSource(self.engine)
+        self.dtype = DTYPES[layout.split(":")[1]]
+        self.start, seen = whole_weights(self.engine), forward_weights(self.engine)
+        self.frozen = {FROZEN: seen[FROZEN].float()}
+        self.start_error = distance(self.start, {name: seen[name] for name in self.start})
+        master = self.task.teacher.master
+        self.truth = {name: value.double() for name, value in master.items()}
+        self.wrong = {name: value.clone() for name, value in master.items()}
+        self.batches = [make_batch([5, 7], seed=10 * rank + i) for i in range(BATCHES)]
+        for batch in self.batches:
+            batch["image"] = batch["image"].to(self.dtype)
+
+    def step(self, index: int) -> bool:
+        """Run one step; return whether it was applied."""
+        outputs = self.engine(self.batches[index % BATCHES], alpha=0.4)
+        self.engine.backward(outputs["loss"])
+        self.engine.step()
+        return self.engine.was_step_applied()
+
+    def follow(self, steps: int) -> dict[str, float]:
+        """Train, updating all three EMAs; the truth is kept in fp64 and compared at the end."""
+        model, applied, first_move = self.task.model.config, 0, 0.0
+        for index in range(steps):
+            if not self.step(index):
+                continue
+            clamp_temperature_master(self.engine, model.temperature_min, model.temperature_max)
+            self.task.teacher.update(self.source, MOMENTUM)
+            now = {**whole_weights(self.engine), **self.frozen}
+            for name, value in self.truth.items():
+                value.lerp_(now[name].double(), 1 - MOMENTUM)
+                self.wrong[name].lerp_(now[name].to(self.dtype).float(), 1 - MOMENTUM)
+            first_move = first_move or abs(now[TEMPERATURE] - self.start[TEMPERATURE]).item()
+            applied += 1
+        now, seen = whole_weights(self.engine), forward_weights(self.engine)
+        return {
+            "applied": applied,
+            "start": self.start_error,
+            "first_move": first_move / RATE,
+            "moved": distance(self.start, now),
+            "source": distance(dict(self.source.fp32_parameters()), {**now, **self.frozen}),
+            "forward_is_cast_master": distance(seen, {name: value.to(self.dtype) for name, value in now.items()}),
+            "teacher": distance(self.task.teacher.state_dict(), self.truth),
+            "fed_by_forward_weights": distance(self.wrong, self.truth),
+        }
+
+    def reload(self) -> dict[str, float]:
+        """Save, train on, load: the source must show the saved weights."""
+        box = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+        dist.broadcast_object_list(box)
+        saved = whole_weights(self.engine)
+        self.engine.save_checkpoint(box[0], tag="engine")
+        while not self.step(0):  # an overflow in fp16
+            pass
+        drifted = distance(saved, whole_weights(self.engine))
+        self.engine.load_checkpoint(box[0], tag="engine")
+        loaded = dict(self.source.fp32_parameters())
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(box[0])
+        return {"drifted": drifted, "reloaded": distance(loaded, saved)}
+
+    def drive(self) -> dict[str, list[float]]:
+        """Pull the temperature past each bound; report where it was stored after each step, unclamped and clamped."""
+        self.task.__class__ = DrivenTask
+        set_learning_rate(self.engine, 0.3)
+        model = self.task.model.config
+        before, after, forward = [], [], []
+        for direction in [-100.0] * 8 + [100.0] * 24:
+            outputs = self.engine(direction)
+            forward.append(outputs["temperature"].item())
+            self.engine.backward(outputs["loss"])
+            self.engine.step()
+            before.append(whole_weights(self.engine)[TEMPERATURE].item())
+            clamp_temperature_master(self.engine, model.temperature_min, model.temperature_max)
+            after.append(whole_weights(self.engine)[TEMPERATURE].item())
+        copies = [forward_weights(self.engine)[TEMPERATURE].item()]
+        return {"before": before, "after": after, "forward": forward, "copies": copies}
+
+
+def main() -> None:
+    """Run the layouts named on the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank", type=int)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--whole-task", action="store_true", help="the real five objectives, and a reload")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("layouts", nargs="+")
+    arguments = parser.parse_args()
+    get_accelerator().is_fp16_supported = lambda: True  # slow here, but its masters are laid out as on a GPU
+    ranks = start()
+    lines = []
+    for layout in arguments.layouts:
+        started = time.monotonic()
+        kind = PretrainTask if arguments.whole_task else OnePassTask
+        follower = Follower(layout, kind, ranks.rank, ranks.world_size)
+        report = {"layout": layout, "optimizer": type(follower.engine.optimizer).__name__}
+        report |= follower.follow(arguments.steps)
+        report |= follower.reload() if arguments.whole_task else {}
+        report |= {"temperature": follower.drive(), "seconds": time.monotonic() - started}
+        lines.append(json.dumps(report))
+        follower.engine.destroy()
+    if ranks.is_main:
+        arguments.out.write_text("\n".join(lines) + "\n")
+    finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The image encoder against plain tensor functions in float64."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from simla_ds.model.vision import ImageEncoder
+from tests import reference_step
+from tests.tiny import VISION, spread_weights
+
+SIZES = {"patch": 8, "vit_depth": 2, "vit_heads": 4}
+
+
+@pytest.fixture
+def encoder() -> ImageEncoder:
+    """Return a tiny float64 encoder with weights of order one."""
+    model = ImageEncoder(VISION)
+    spread_weights(model)
+    return model.double()
+
+
+def bicubic(grid: Tensor, size: int, a: float = -0.5) -> Tensor:
+    """Resample (old, old, D) to (size, size, D): Keys' cubic, widened when shrinking, renormalised at the borders."""
+    old = grid.shape[0]
+    stretch = max(old / size, 1.0)
+    weights = np.zeros((size, old))
+    for i in range(size):
+        x = np.abs((np.arange(old) + 0.5 - (i + 0.5) * old / size) / stretch)
+        inner, outer = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+        weights[i] = np.where(x < 1, inner, np.where(x < 2, outer, 0.0))
+        weights[i] /= weights[i].sum()
+    w = torch.from_numpy(weights)
+    return torch.einsum("io,jp,opd->ijd", w, w, grid)
+
+
+def make_images(side: int, seed: int = 0) -> Tensor:
+    return torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_mask_token_replaces_patches_before_positions_are_added(encoder: ImageEncoder):
+    masked = torch.zeros(3, 9, dtype=torch.bool)
+    masked[0, [0, 4]] = masked[1] = True  # some, all, none
+    wanted = reference_step.vision(dict(encoder.state_dict()), "", make_images(24), SIZES, masked)
+    torch.testing.assert_close(encoder(make_images(24), masked), wanted, atol=1e-12, rtol=0)
+    # all patches hidden: what is left is positions, so that patches still differ
+    assert (wanted[1, 1:] - wanted[1, 1]).abs().amax(-1)[1:].min() > 0.1
+    torch.testing.assert_close(encoder(make_images(24))[2], encoder(make_images(24), masked)[2], atol=1e-12, rtol=0)
+
+
+def test_hidden_pixels_reach_nothing(encoder: ImageEncoder):
+    masked = torch.zeros(3, 9, dtype=torch.bool)
+    masked[:, 5] = True  # row 1, column 2 of the 3 x 3 grid
+    image, other = make_images(24), make_images(24)
+    other[:, :, 8:16, 16:24] += 10
+    torch.testing.assert_close(encoder(image, masked), encoder(other, masked), atol=1e-12, rtol=0)
+    assert (encoder(image) - encoder(other)).abs().max() > 0.1
+    image.requires_grad_()
+    (gradient,) = torch.autograd.grad(encoder(image, masked).square().sum(), image)
+    assert not gradient[:, :, 8:16, 16:24].any()
+    assert gradient[:, :, :8, :8].any()
+
+
+@pytest.mark.parametrize("grid", [2, 5, 6])  # smaller; larger, odd; twice the trained 3 x 3
+def test_positions_at_another_resolution_are_a_bicubic_resample(encoder: ImageEncoder, grid: int):
+    state = dict(encoder.state_dict())
+    trained = state["pos_embed"]
+    resampled = bicubic(trained[0, 1:].view(3, 3, -1), grid).flatten(0, 1)
+    state["pos_embed"] = torch.cat([trained[:, :1], resampled[None]], dim=1)
+    wanted = reference_step.vision(state, "", make_images(8 * grid), SIZES)
+    # timm resamples in float32
+    torch.testing.assert_close(encoder(make_images(8 * grid)), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_mask_at_another_resolution_hides_the_patch_it_names(encoder: ImageEncoder):
+    masked = torch.zeros(3, 25, dtype=torch.bool)
+    masked[:, 7] = True  # row 1, column 2 of 5 x 5
+    image, other = make_images(40), make_images(40)
+    other[:, :, 8:16, 16:24] += 10
+    torch.testing.assert_close(encoder(image, masked), encoder(other, masked), atol=1e-12, rtol=0)

@@ -1,0 +1,126 @@
+"""Each check of the configuration names the setting and both numbers; derived values follow their stated rules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from simla_ds.config import (
+    Config,
+    ContrastiveConfig,
+    CrossModalConfig,
+    DataConfig,
+    MaskedLanguageConfig,
+    MatchingConfig,
+    ModelConfig,
+    ObjectivesConfig,
+    OptimConfig,
+    PseudoLabelConfig,
+    StreamConfig,
+    TeacherConfig,
+    TrainConfig,
+    VisionConfig,
+)
+
+ZERO = {"weight": 0.0}
+ALL_OFF: dict[str, Any] = {
+    "itc": ContrastiveConfig(**ZERO),
+    "itm": MatchingConfig(**ZERO),
+    "mlm": MaskedLanguageConfig(**ZERO),
+    "xmm": CrossModalConfig(**ZERO),
+    "psl": PseudoLabelConfig(**ZERO),
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (lambda: VisionConfig(image_size=130), ["model.vision.image_size=130", "patch_size=16", "to 128"]),
+        (lambda: VisionConfig(image_size=10), ["image_size=10", "patch_size=16", "to 16"]),
+        (lambda: VisionConfig(width=130), ["model.vision.width=130", "model.vision.heads=4"]),
+        (lambda: VisionConfig(layers=0), ["model.vision", "layers", ">= 1"]),
+        (lambda: StreamConfig(width=130), ["model.stream.width=130", "model.stream.heads=4"]),
+        (lambda: StreamConfig(dropout=1.0), ["model.stream.dropout", "[0, 1)", "1.0"]),
+        (lambda: StreamConfig(layers=0), ["model.stream", "layer"]),
+        (lambda: ModelConfig(vision=VisionConfig(width=64)), ["model.vision.width=64", "model.stream.width=128"]),
+        (
+            lambda: ModelConfig(stream=StreamConfig(max_positions=64)),
+            ["model.stream.max_positions=64", "64 patches", ">= 65"],
+        ),
+        (lambda: ModelConfig(temperature=0.9), ["model.temperature=0.9", "[0.001, 0.5]"]),
+        (lambda: ModelConfig(temperature_min=0.0), ["temperature", "[0.0, 0.5]"]),
+        (lambda: ContrastiveConfig(queue_size=-1), ["objectives.itc.queue_size", ">= 0", "-1"]),
+        (lambda: MaskedLanguageConfig(probability=0), ["objectives.mlm.probability", "(0, 1)", "got 0"]),
+        (lambda: CrossModalConfig(mask_ratio=1.0), ["objectives.xmm.mask_ratio", "(0, 1)", "got 1.0"]),
+        (lambda: CrossModalConfig(every=0), ["objectives.xmm.every", ">= 1", "got 0"]),
+        (lambda: PseudoLabelConfig(keywords=0), ["objectives.psl", "keywords", ">= 1"]),
+        (lambda: ObjectivesConfig(alpha=1.1), ["objectives.alpha", "[0, 1]", "1.1"]),
+        (lambda: ObjectivesConfig(**ALL_OFF), ["every weight is 0"]),
+        (lambda: TeacherConfig(momentum=1.0), ["teacher.momentum", "[0, 1)", "1.0"]),
+        (lambda: DataConfig(crop_scale=(0.9, 0.5)), ["data.crop_scale", "(0.9, 0.5)"]),
+        (lambda: DataConfig(max_tokens=2), ["data.max_tokens", ">= 3", "got 2"]),
+        (lambda: DataConfig(workers=-1), ["data.workers", ">= 0", "-1"]),
+        (lambda: DataConfig(augment_magnitude=11), ["data.augment_magnitude", "[0, 10]", "11"]),
+        (lambda: OptimConfig(learning_rate=0), ["optim.learning_rate", "> 0", "got 0"]),
+        (lambda: OptimConfig(reference_batch=0), ["optim.reference_batch", ">= 1", "got 0"]),
+        (lambda: TrainConfig(batch_size=0), ["train.batch_size", ">= 1", "got 0"]),
+        (lambda: TrainConfig(grad_accumulation=0), ["train.grad_accumulation", ">= 1", "got 0"]),
+        (lambda: TrainConfig(keep_checkpoints=0), ["train.keep_checkpoints", ">= 1", "got 0"]),
+        (lambda: TrainConfig(steps=-1), ["train.steps", ">= 0"]),
+        (lambda: Config(train=TrainConfig(batch_size=1)), ["train.batch_size=1", "objectives.itm.weight=1.0", ">= 2"]),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_setting_and_both_numbers(build: Callable[[], Any], named: list[str]):
+    with pytest.raises(ValueError, match=".") as raised:
+        build()
+    message = str(raised.value)
+    assert "\n" not in message
+    assert [part for part in named if part not in message] == []
+
+
+def test_a_batch_of_one_is_fine_where_its_wrong_partners_are_elsewhere_or_not_wanted():
+    one = TrainConfig(batch_size=1)
+    Config(train=one, objectives=ObjectivesConfig(itm=MatchingConfig(weight=0.0)))
+    Config(train=one, objectives=ObjectivesConfig(itm=MatchingConfig(negatives="global")))
+
+
+def test_objectives_without_a_weight_are_not_enabled():
+    assert ObjectivesConfig().enabled == ("itc", "itm", "mlm", "xmm", "psl")
+    assert ObjectivesConfig(**{**ALL_OFF, "xmm": CrossModalConfig()}).enabled == ("xmm",)
+
+
+def test_depths_follow_the_layout():
+    assert (StreamConfig(layers=12).depth, StreamConfig(layers=12).text_depth) == (12, 12)
+    albef = StreamConfig(shared=False, text_layers=6, fusion_layers=5)
+    assert (albef.depth, albef.text_depth) == (11, 6)
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("sqrt", 2.0), ("linear", 4.0), ("none", 1.0)])
+def test_learning_rate_scales_from_the_reference_batch_by_the_stated_rule(scale: str, factor: float):
+    config = Config(optim=OptimConfig(reference_batch=32, scale=scale))  # type: ignore[arg-type]
+    assert config.learning_rate_scale(128) == pytest.approx(factor)
+    assert config.learning_rate_scale(32) == 1.0
+
+
+def test_the_teacher_forgets_per_pair_and_not_per_step_unless_official():
+    config = Config(optim=OptimConfig(reference_batch=32), teacher=TeacherConfig(momentum=0.99))
+    assert config.teacher_momentum(32) == pytest.approx(0.99)
+    assert config.teacher_momentum(64) == pytest.approx(config.teacher_momentum(32) ** 2)
+    official = Config(objectives=ObjectivesConfig(fidelity="official"), teacher=TeacherConfig(momentum=0.99))
+    assert official.teacher_momentum(64) == 0.99
+
+
+def test_defaults_that_depend_on_fidelity_can_be_overridden():
+    corrected, official = Config(), Config(objectives=ObjectivesConfig(fidelity="official"))
+    assert (corrected.clip, official.clip) == (1.0, 0.0)
+    assert (corrected.teacher_dropout, official.teacher_dropout) == (False, True)
+    own = Config(
+        objectives=ObjectivesConfig(fidelity="official"), optim=OptimConfig(clip=3.0), teacher=TeacherConfig(dropout=False)
+    )
+    assert (own.clip, own.teacher_dropout) == (3.0, False)
+
+
+def test_a_run_counts_samples_unless_steps_are_given():
+    config = Config(train=TrainConfig(samples=100))
+    assert config.total_steps(32) == 4  # the last step is a whole one
+    assert Config(train=TrainConfig(steps=7, samples=100)).total_steps(32) == 7

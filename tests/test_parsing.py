@@ -1,0 +1,227 @@
+"""Recipes, dotted keys and launcher arguments: what they give, and the one line that wrong use gets."""
+
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+
+from simla_ds.config import Config, DataConfig, ObjectivesConfig, OptimConfig, TeacherConfig, TrainConfig
+from simla_ds.parsing import LaunchArguments, dump_config, parse_config
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write a recipe and return its path."""
+
+    def write(text: str, name: str = "recipe.yaml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def refused(capsys):
+    """Parse, expect status 2 and nothing on stdout, and return the one line on stderr."""
+
+    def parse(*argv: str) -> str:
+        with pytest.raises(SystemExit) as exit:
+            parse_config(list(argv))
+        out, err = capsys.readouterr()
+        assert (exit.value.code, out) == (2, "")
+        assert err.startswith("pretrain.py: error: ")
+        assert err.count("\n") == 1
+        return err.removeprefix("pretrain.py: error: ").strip()
+
+    return parse
+
+
+def test_nothing_given_is_the_default(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert parse_config([]) == (Config(), LaunchArguments(deepspeed=None, local_rank=0))
+
+
+def test_later_recipes_win_and_keys_win_over_recipes_wherever_they_stand(recipe):
+    first = recipe("train: {batch_size: 8, steps: 5}\noutput: a\n", "1.yaml")
+    second = recipe(
+        "train.steps: 6\ndata: {crop_scale: [0.2, 1]}\noptim: {learning_rate: 1e-4, clip: null}\n", "2.yaml"
+    )
+    config, _ = parse_config(["--train.seed", "3", "--output=b", "--config", first, f"--config={second}"])
+    assert (config.train.batch_size, config.train.steps, config.train.seed, config.output) == (8, 6, 3, "b")
+    assert config.data.crop_scale == (0.2, 1.0)
+    assert config.optim == OptimConfig(learning_rate=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "file", "rank"),
+    [
+        (["--deepspeed", "{json}"], True, 0),
+        (["--deepspeed={json}", "--local-rank=0"], True, 0),
+        (["--deepspeed", "--deepspeed_config", "{json}", "--local_rank", "1"], True, 1),
+        (["--local_rank=3", "--train.seed", "4", "--deepspeed_config={json}", "--deepspeed"], True, 3),
+        (["--local-rank=2"], False, 2),
+    ],
+)
+def test_every_spelling_of_the_launcher_is_read(argv, file, rank, recipe):
+    json = recipe("{}", "zero.json")
+    _, launch = parse_config([argument.format(json=json) for argument in argv])
+    assert launch == LaunchArguments(deepspeed=json if file else None, local_rank=rank)
+
+
+def test_torchrun_tells_the_local_rank_by_the_environment(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert parse_config([])[1].local_rank == 5
+
+
+def test_wrong_deepspeed_arguments_are_refused(refused, recipe):
+    one, two = recipe("{}", "1.json"), recipe("{}", "2.json")
+    assert "names no file" in refused("--deepspeed")
+    assert "differ; give one file" in refused("--deepspeed", one, "--deepspeed_config", two)
+    assert refused("--deepspeed", "missing.json") == "--deepspeed missing.json: no such file"
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "nearest"),
+    [
+        (["--train.batch_sise", "64"], "train.batch_sise", "train.batch_size"),
+        (["--train.batch_sise=64"], "train.batch_sise", "train.batch_size"),
+        (["--batch_size", "64"], "batch_size", "train.batch_size"),
+        (["--train.batch", "64"], "train.batch", "train.batch_size"),  # no abbreviations
+        (["--optim.lerning_rate", "1"], "optim.lerning_rate", "optim.learning_rate"),
+        (["--outptu", "x"], "outptu", "output"),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest_name(refused, argv, key, nearest):
+    assert refused(*argv) == f"there is no key {key}; did you mean --{nearest}?"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "nearest"),
+    [
+        ("train: {batch_sise: 64}", "train.batch_sise", "train.batch_size"),
+        ("trian: {batch_size: 64}", "trian.batch_size", "train.batch_size"),
+        ("objectives: {itc: {queue: 64}}", "objectives.itc.queue", "objectives.itc.queue_size"),
+        ("train.batch_sise: 64", "train.batch_sise", "train.batch_size"),
+    ],
+)
+def test_an_unknown_key_in_a_recipe_gets_the_nearest_name(refused, recipe, text, key, nearest):
+    assert refused("--config", recipe(text)) == f"there is no key {key}; did you mean --{nearest}?"
+
+
+def test_a_key_like_no_other_points_to_the_help(refused):
+    assert refused("--zzzzz", "3") == "there is no key zzzzz; see pretrain.py --help"
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--model.vision.image_size", "130"], "model.vision.image_size=130 is not a multiple of"),
+        (["--model.vision.width", "256"], "model.vision.width=256 must equal model.stream.width=128"),
+        (["--train.batch_size", "1"], "train.batch_size=1 leaves ITM"),
+        (["--train.batch_size", "many"], "train.batch_size: Expected int. Got value: many"),
+        (["--objectives.fidelity", "exact"], "objectives.fidelity: Expected one of Literal['corrected', 'official']"),
+        (["--optim.clip", "none"], "optim.clip: "),
+        (["stray"], "unrecognized arguments: stray"),
+        (["--local_rank=x"], "argument --local_rank/--local-rank: invalid int value: 'x'"),
+        (["--config", "missing.yaml"], "config: File does not exist: "),
+        (["--config"], "argument --config: expected one argument"),
+    ],
+)
+def test_wrong_values_get_one_line(refused, argv, line):
+    assert line in refused(*argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("train:\noutput: x\n", "train: expected keys of its own, got nothing"),
+        ("objectives: {xmm: 5}", "objectives.xmm: expected keys of its own, got 5"),
+        ("train: {steps: }", "train.steps: expected a value, got nothing"),
+        ("objectives: {fidelity: }", "objectives.fidelity: expected a value, got nothing"),
+        ("train: {steps: 1.5}", "train.steps: Expected int. Got value: 1.5"),
+        ("train: [1", "Problems parsing config"),
+        ("", "it is empty or a list"),
+        ("- a", "it is empty or a list"),
+    ],
+)
+def test_wrong_recipes_get_one_line(refused, recipe, text, line):
+    assert line in refused("--config", recipe(text))
+
+
+def test_a_recipe_that_is_not_utf8_gets_one_line(refused, tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "is not UTF-8 text" in refused("--config", str(tmp_path / "bad.yaml"))
+
+
+def test_other_ranks_end_the_same_without_a_word(capfd):
+    for argv, status in ((["--train.batch_sise", "1"], 2), (["--train.batch_size", "1"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as exit:
+            parse_config([*argv, "--local_rank=1"])
+        assert exit.value.code == status
+    assert capfd.readouterr() == ("", "")
+
+
+def test_help_documents_every_key_with_its_default(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    for key in _keys(Config):
+        assert f"--{key} " in text
+    assert "Pairs per rank and micro-step. (type: int, default: 32)" in text
+    assert all(argument in text for argument in ("--deepspeed", "--deepspeed_config", "--local_rank", "--config"))
+
+
+def _keys(kind: type, prefix: str = "") -> list[str]:
+    keys = []
+    for item in fields(kind):
+        group = item.default_factory
+        nested = is_dataclass(group)
+        keys += _keys(type(group()), f"{prefix}{item.name}.") if nested else [prefix + item.name]
+    return keys
+
+
+@pytest.mark.parametrize("output", ["runs/x", "1e-5", "null", "true", "", " a: #b", "0x1F", 'q"uo\\te', "größe/🦊"])
+def test_a_dumped_config_is_read_back_equal(recipe, output):
+    config = Config(
+        output=output,
+        resume="none",
+        objectives=ObjectivesConfig(fidelity="official", alpha=1 / 3),
+        teacher=TeacherConfig(dropout=True),
+        data=DataConfig(crop_scale=(0.123456789012345, 1.0), train="shard-{000000..000019}.tar"),
+        optim=OptimConfig(eps=1e-12, clip=0.5, betas=(0.9, 0.98)),
+        train=TrainConfig(steps=7),
+    )
+    read, _ = parse_config(["--config", recipe(dump_config(config))])
+    assert read == config
+    assert isinstance(read.data.crop_scale, tuple)
+
+
+def test_the_default_recipe_is_the_default(project_root):
+    config, _ = parse_config(["--config", str(project_root / "launch/recipes/scenes_tiny.yaml")])
+    assert config == Config(output="runs/scenes_tiny")
+
+
+def test_the_small_recipe_is_the_size_it_says(project_root):
+    config, _ = parse_config(["--config", str(project_root / "launch/recipes/scenes_small.yaml")])
+    assert (config.model.vision.width, config.model.vision.layers, config.model.stream.depth) == (256, 6, 12)
+    assert config.objectives.itc.queue_size <= config.data.scenes_train // 4
+
+
+def test_the_base_recipe_is_the_papers(project_root):
+    config, _ = parse_config(["--config", str(project_root / "launch/recipes/simla_base.yaml")])
+    model = config.model
+    assert (model.vision.grid, model.vision.width, model.vision.layers, model.stream.depth) == (16, 768, 12, 12)
+    assert model.vision.patches + 1 <= model.stream.max_positions
+    assert (config.optim.reference_batch, config.optim.warmup_samples) == (512, 2_000 * 512)
+    assert config.learning_rate_scale(8 * config.train.batch_size) == 1.0
+    assert config.teacher_momentum(8 * config.train.batch_size) == 0.995
+    assert (config.train.samples, config.objectives.alpha_ramp_samples) == (120_000_000, 4_000_000)
+    assert round(config.objectives.xmm.mask_ratio * model.vision.patches) == 75
+    assert replace(config, output="x").data.crop_scale == (0.2, 1.0)
+
+
+def test_parsing_needs_no_torch():
+    script = "import sys, simla_ds.parsing; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
