@@ -33,9 +33,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers to this file")
     arguments = parser.parse_args(argv)
     if arguments.task != "retrieval":
-        parser.error(f"--task {arguments.task} is not there yet; only retrieval is")
+        parser.exit(2, f"evaluate.py: error: --task {arguments.task} is not there yet; only retrieval is\n")
     if arguments.rerank < 0:
-        parser.error(f"--rerank must be 0 or more, got {arguments.rerank}")
+        parser.exit(2, f"evaluate.py: error: --rerank must be 0 or more, got {arguments.rerank}\n")
     return arguments
 
 
@@ -56,7 +56,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     else:
         settings = Config(model=config, data=DataConfig(max_words=processor.max_words))
         batches = (batch for batch, _ in eval_batches(settings, arguments.data, processor.tokenizer, 0))
-    result = retrieve(model, batches, rerank=arguments.rerank, progress=True)
+    result = retrieve(model, batches, rerank=arguments.rerank, progress=sys.stderr.isatty())
     print(retrieval_table(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result.measures(), indent=1) + "\n", encoding="utf-8")

@@ -320,12 +320,13 @@ class DataConfig:
     """Words kept of a caption."""
     max_tokens: int = 25
     """Tokens kept of a caption, [CLS] and [SEP] included."""
-    crop_scale: tuple[float, float] = (0.5, 1.0)
-    """Area of the random resized crop, as a share of the picture ((0.2, 1.0) in the paper)."""
+    crop_scale: tuple[float, float] = (0.8, 1.0)
+    """Area of the random resized crop, as a share of the picture ((0.2, 1.0) in the paper). Scenes' captions name
+    things near the border, which a small crop would cut off."""
     flip: float = 0.5
     """Chance of a horizontal flip; never for captions that say left or right."""
-    augment_ops: int = 2
-    """Operations of RandAugment; 0 switches it off."""
+    augment_ops: int = 0
+    """Operations of RandAugment (2 in the paper); 0 switches it off: scenes' captions name colours and places."""
     augment_magnitude: int = 7
     """Strength of RandAugment, 0 to 10."""
     workers: int = 1
@@ -337,6 +338,7 @@ class DataConfig:
         low, high = self.crop_scale
         _require(0 < low <= high <= 1, f"data.crop_scale must satisfy 0 < low <= high <= 1, got {self.crop_scale}")
         _require(self.max_tokens >= 3, f"data.max_tokens must be >= 3, got {self.max_tokens}")
+        _require(self.shuffle_window >= 1, f"data.shuffle_window must be >= 1, got {self.shuffle_window}")
         _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
         _require(0 <= self.augment_magnitude <= 10, f"data.augment_magnitude must be in [0, 10], got {self.augment_magnitude}")
 
@@ -405,6 +407,7 @@ class TrainConfig:
     def __post_init__(self):
         _require(self.batch_size >= 1, f"train.batch_size must be >= 1, got {self.batch_size}")
         _require(self.grad_accumulation >= 1, f"train.grad_accumulation must be >= 1, got {self.grad_accumulation}")
+        _require(self.seed >= 0, f"train.seed must be >= 0, got {self.seed}")
         _require(self.steps >= 0 and self.samples >= 1, "train.steps must be >= 0 and train.samples >= 1")
         _require(self.keep_checkpoints >= 1, f"train.keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
 

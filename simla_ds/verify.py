@@ -342,4 +342,3 @@ def _print_table(rows: list[tuple[str, Comparison]]) -> None:
         print(f"  {c.name:<{width}}  {c.error:9.2e}  {c.limit:7.0e}  {'ok' if c.holds else 'FAILS'}")
     failed = sum(not c.holds for _, c in rows)
     print(f"{len(rows)} compared, {len(rows) - failed} within tolerance, {failed} not")
-

@@ -30,7 +30,7 @@ TIED = {  # stored as copies: the alias's ending, the parameter's
 }
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------
+# --- networks -------------------------------------------------------------------------------------------------------
 
 
 def vision(w: Tensors, prefix: str, image: Tensor, sizes: dict, masked: Tensor | None = None) -> Tensor:
@@ -120,7 +120,7 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-# --- the step ---------------------------------------------------------------------------------------------------------
+# --- the step -------------------------------------------------------------------------------------------------------
 
 
 def step(weights: Tensors, inputs: Tensors, config: dict, alpha: float) -> dict[str, Tensors]:
@@ -263,13 +263,11 @@ def student_names(weights: Tensors) -> list[str]:
     """Return the names of the student's parameters, without teacher, buffers, position ids and tied copies, sorted."""
     skip = tuple(STUDENT_OF)
     return sorted(
-        n
-        for n in weights
-        if not n.startswith(skip) and not n.endswith((*TIED, "position_ids")) and n not in BUFFERS
+        n for n in weights if not n.startswith(skip) and not n.endswith((*TIED, "position_ids")) and n not in BUFFERS
     )
 
 
-# --- recordings -------------------------------------------------------------------------------------------------------
+# --- recordings -----------------------------------------------------------------------------------------------------
 
 
 def make_config(**changes: object) -> dict:
@@ -312,9 +310,12 @@ def make_weights(config: dict, generator: torch.Generator) -> Tensors:
         shapes |= {p + "patch_embed.proj.weight": (d, 3, s["patch"], s["patch"]), p + "patch_embed.proj.bias": (d,)}
         for i in range(s["vit_depth"]):
             b = f"{p}blocks.{i}."
-            layer_norm(b + "norm1"), layer_norm(b + "norm2")
-            dense(b + "attn.qkv", 3 * d, d), dense(b + "attn.proj", d, d)
-            dense(b + "mlp.fc1", s["vit_mlp_ratio"] * d, d), dense(b + "mlp.fc2", d, s["vit_mlp_ratio"] * d)
+            layer_norm(b + "norm1")
+            layer_norm(b + "norm2")
+            dense(b + "attn.qkv", 3 * d, d)
+            dense(b + "attn.proj", d, d)
+            dense(b + "mlp.fc1", s["vit_mlp_ratio"] * d, d)
+            dense(b + "mlp.fc2", d, s["vit_mlp_ratio"] * d)
         layer_norm(p + "norm")
         p = f"text_encoder{m}.bert."
         shapes[p + "embeddings.word_embeddings.weight"] = (s["vocab"], d)
@@ -325,14 +326,19 @@ def make_weights(config: dict, generator: torch.Generator) -> Tensors:
             for kind in ("attention", "crossattention"):
                 for part in ("query", "key", "value"):
                     dense(f"{b}{kind}.self.{part}", d, d)
-                dense(f"{b}{kind}.output.dense", d, d), layer_norm(f"{b}{kind}.output.LayerNorm")
-            dense(b + "intermediate.dense", s["intermediate"], d), dense(b + "output.dense", d, s["intermediate"])
+                dense(f"{b}{kind}.output.dense", d, d)
+                layer_norm(f"{b}{kind}.output.LayerNorm")
+            dense(b + "intermediate.dense", s["intermediate"], d)
+            dense(b + "output.dense", d, s["intermediate"])
             layer_norm(b + "output.LayerNorm")
         p = f"text_encoder{m}.cls.predictions."
-        dense(p + "transform.dense", d, d), layer_norm(p + "transform.LayerNorm")
+        dense(p + "transform.dense", d, d)
+        layer_norm(p + "transform.LayerNorm")
         shapes[p + "bias"] = (s["vocab"],)
-        dense("vision_proj" + m, e, d), dense("text_proj" + m, e, d)
-        dense("mim_head" + m, s["vtok"], d), dense("concept_head" + m, s["vocab"], e)
+        dense("vision_proj" + m, e, d)
+        dense("text_proj" + m, e, d)
+        dense("mim_head" + m, s["vtok"], d)
+        dense("concept_head" + m, s["vocab"], e)
     dense("itm_head", 2, d)
 
     weights: Tensors = {}
@@ -401,7 +407,9 @@ def record(folder: Path, config: dict, weights: Tensors, inputs: Tensors) -> lis
     for alpha in config["alphas"]:
         result = step(weights, inputs, config, alpha)
         results.append(result)
-        tensors = {f"{group}.{n}": t for group in ("loss", "grad", "after", "adamw", "dbg") for n, t in result[group].items()}
+        tensors = {
+            f"{group}.{n}": t for group in ("loss", "grad", "after", "adamw", "dbg") for n, t in result[group].items()
+        }
         tensors["grad_norms_all"] = torch.stack([result["grad"][n].norm() for n in names])
         tensors = {n: t.detach().float() if t.is_floating_point() else t for n, t in tensors.items()}
         tensors |= {f"loss64.{n}": t.detach() for n, t in result["loss"].items()}

@@ -22,13 +22,12 @@ from simla_ds.config import (
     VisionConfig,
 )
 
-ZERO = {"weight": 0.0}
 ALL_OFF: dict[str, Any] = {
-    "itc": ContrastiveConfig(**ZERO),
-    "itm": MatchingConfig(**ZERO),
-    "mlm": MaskedLanguageConfig(**ZERO),
-    "xmm": CrossModalConfig(**ZERO),
-    "psl": PseudoLabelConfig(**ZERO),
+    "itc": ContrastiveConfig(weight=0.0),
+    "itm": MatchingConfig(weight=0.0),
+    "mlm": MaskedLanguageConfig(weight=0.0),
+    "xmm": CrossModalConfig(weight=0.0),
+    "psl": PseudoLabelConfig(weight=0.0),
 }
 
 
@@ -71,7 +70,7 @@ ALL_OFF: dict[str, Any] = {
     ],
 )
 def test_a_wrong_value_is_refused_with_the_setting_and_both_numbers(build: Callable[[], Any], named: list[str]):
-    with pytest.raises(ValueError, match=".") as raised:
+    with pytest.raises(ValueError, match=r".") as raised:
         build()
     message = str(raised.value)
     assert "\n" not in message
@@ -115,7 +114,9 @@ def test_defaults_that_depend_on_fidelity_can_be_overridden():
     assert (corrected.clip, official.clip) == (1.0, 0.0)
     assert (corrected.teacher_dropout, official.teacher_dropout) == (False, True)
     own = Config(
-        objectives=ObjectivesConfig(fidelity="official"), optim=OptimConfig(clip=3.0), teacher=TeacherConfig(dropout=False)
+        objectives=ObjectivesConfig(fidelity="official"),
+        optim=OptimConfig(clip=3.0),
+        teacher=TeacherConfig(dropout=False),
     )
     assert (own.clip, own.teacher_dropout) == (3.0, False)
 

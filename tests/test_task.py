@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from simla_ds.config import Config, CrossModalConfig, MatchingConfig
 from simla_ds.task import PretrainTask
@@ -92,7 +92,7 @@ def test_the_task_changes_neither_queue_nor_teacher_by_itself():
     torch.testing.assert_close(task.queue.image[:4], task.features(batch).teacher.image_feature, atol=1e-6, rtol=0)
 
 
-# --- one process with 8 pairs against two with 4 each -------------------------------------------------------------------
+# --- one process with 8 pairs against two with 4 each ---------------------------------------------------------------
 
 
 def take(batch: Batch, rows: Tensor, ranks: int) -> Batch:
@@ -103,9 +103,9 @@ def take(batch: Batch, rows: Tensor, ranks: int) -> Batch:
         if isinstance(value, Tensor) and len(value) == len(batch["image"]) and value.dim() and "index" not in name
     }
     part["word_index"] = batch["word_index"][rows]
-    for name in ("negative_image", "negative_text"):
-        if name in batch:
-            part[name] = batch[name][rows] // ranks  # within one parity: global row g is local row g // 2
+    if "negative_image" in batch and "negative_text" in batch:
+        for name in ("negative_image", "negative_text"):
+            part[name] = part[name] // ranks  # within one parity: global row g is local row g // 2
     whole: Any = {**batch, **part}
     cut = with_masks(whole, labelled(batch)[rows], batch["patch_mask"][rows])
     return {
@@ -147,7 +147,7 @@ def work(own_rank: int, folder: str) -> None:
 def shares(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what each of two real processes computed."""
     folder: Path = tmp_path_factory.mktemp("gloo")
-    mp.spawn(work, args=(str(folder),), nprocs=RANKS)
+    spawn(work, args=(str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"rank{r}.pt") for r in range(RANKS)]
 
 

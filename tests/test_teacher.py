@@ -70,7 +70,9 @@ def test_an_average_kept_in_bfloat16_would_not_move(student: Simla):
             parameter += 0.3
     teacher.update(ModuleSource(student), MOMENTUM)
     for name, value in teacher.master.items():
-        torch.testing.assert_close(value - before[name], torch.full_like(value, 0.3 * (1 - MOMENTUM)), atol=5e-7, rtol=0)
+        torch.testing.assert_close(
+            value - before[name], torch.full_like(value, 0.3 * (1 - MOMENTUM)), atol=5e-7, rtol=0
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -60,7 +60,7 @@ def test_the_independent_reference_agrees_with_the_recorded_step(recorded_step: 
         assert (mine - wanted).abs().max() <= limit * wanted.abs().max(), name
 
 
-# --- mutations: the misreadings of REFERENCE_STEP section 5, each applied to the classes that train ---------------------
+# --- mutations: the misreadings of REFERENCE_STEP section 5, each applied to the classes that train -----------------
 
 
 def replace_requests(patch: Patch, objective: type, change: Callable[..., dict[str, Any]]) -> None:
@@ -186,9 +186,7 @@ def tanh_gelu_in_bert(patch: Patch) -> None:
 
 
 def psl_reads_the_teachers_image(patch: Patch) -> None:
-    replace_requests(
-        patch, PseudoLabelledKeywords, lambda self, r, batch, f: {"image_tokens": f.teacher.image_tokens}
-    )
+    replace_requests(patch, PseudoLabelledKeywords, lambda self, r, batch, f: {"image_tokens": f.teacher.image_tokens})
 
 
 def psl_votes_by_mean_attention(patch: Patch) -> None:
@@ -243,7 +241,7 @@ def test_a_misreading_is_found(
     assert max(teacher) <= 1e-6, "the mutation broke more than it says"
 
 
-# --- recordings that were not handed over -------------------------------------------------------------------------------
+# --- recordings that were not handed over ---------------------------------------------------------------------------
 
 
 def make_recording(folder: Path, seed: int = 1, **changes: Any) -> list[dict[str, dict[str, Tensor]]]:
@@ -360,7 +358,7 @@ def test_a_gradient_of_true_zero_is_held_against_the_largest_gradient(tmp_path: 
     assert not verify_reference(folder)
 
 
-# --- what is no recording -----------------------------------------------------------------------------------------------
+# --- what is no recording -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -376,7 +374,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 def test_a_folder_without_a_recording_is_refused(tmp_path: Path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="is no recording: config.json is missing"):
+        with pytest.raises(ValueError, match=r"is no recording: config\.json is missing"):
             verify_reference(folder)
 
 

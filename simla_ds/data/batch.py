@@ -114,10 +114,10 @@ class PairMaker:
         )
 
 
-def collate(pairs: list[Pair], vocabulary: VocabularyConfig) -> Batch:
-    """Stack pairs into a Batch padded to the longest caption; pinned where there is a CUDA device."""
+def collate(pairs: list[Pair], vocabulary: VocabularyConfig, pad_to: int = 0) -> Batch:
+    """Stack pairs into a Batch padded to the longest caption, at least to pad_to; pinned where there is a CUDA device."""
     lengths = torch.tensor([len(pair.input_ids) for pair in pairs])
-    text_mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    text_mask = torch.arange(max(pad_to, int(lengths.max()))) < lengths[:, None]
     labelled = _padded([pair.labelled for pair in pairs], text_mask, False)
     input_ids = _padded([pair.input_ids for pair in pairs], text_mask, vocabulary.pad)
     patch_mask = torch.from_numpy(np.stack([pair.patch_mask for pair in pairs]))

@@ -144,7 +144,9 @@ class PairLoader:
                     f"data.train={self.config.data.train}: none of {in_a_row} samples is usable ({reasons})"
                 )
         self.skipped += passed
-        return collate(pairs, self.vocabulary)
+        # captions that are exchanged between ranks must be of one length
+        shared = self.world_size > 1 and self.config.objectives.itm.negatives == "global"
+        return collate(pairs, self.vocabulary, pad_to=self.config.data.max_tokens if shared else 0)
 
     def local_position(self) -> int:
         """Global index of the first sample of this rank that no batch has passed; what is prefetched does not count."""

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from simla_ds.config import ModelConfig, VocabularyConfig
-from simla_ds.data.sample import SkipSample, _decode, clean_caption, read_picture
+from simla_ds.data.sample import SkipSample, upright_rgb, clean_caption, read_picture
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.transforms import CLIP_MEAN, CLIP_STD, WHOLE, make_views
 
@@ -79,7 +79,7 @@ class SimlaProcessor:
         """(3, S, S) uint8, the whole picture."""
         try:
             if isinstance(image, Image.Image):
-                picture = _decode(image, room=0)
+                picture = upright_rgb(image, room=0)
             else:
                 picture = read_picture({"png": Path(image).read_bytes()})  # the format is told by the bytes
         except (SkipSample, OSError) as error:

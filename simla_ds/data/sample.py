@@ -123,7 +123,7 @@ def read_picture(members: Mapping[str, bytes | None], room: int = 0) -> Image.Im
             picture = Image.open(io.BytesIO(data), formats=_FORMATS)
             if picture.width * picture.height > MAX_PIXELS:
                 raise SkipSample("picture too large")
-            return _decode(picture, room)
+            return upright_rgb(picture, room)
     except SkipSample:
         raise
     except (Image.DecompressionBombError, MemoryError):
@@ -160,7 +160,7 @@ def _text(data: bytes | None) -> str:
         raise SkipSample("caption not UTF-8") from None
 
 
-def _decode(picture: Image.Image, room: int) -> Image.Image:
+def upright_rgb(picture: Image.Image, room: int) -> Image.Image:
     if room and picture.format in ("JPEG", "MPO"):
         shrink = min((picture.width * picture.height) ** 0.5 / room, 8.0)
         if shrink >= 2:

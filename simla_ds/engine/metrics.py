@@ -21,10 +21,18 @@ class Metrics:
 
     def __init__(self, output: Path, monitor: Any, total_steps: int, first_step: int, *, active: bool):
         self.active, self.monitor, self.total_steps = active, monitor, total_steps
-        self.file = (output / "metrics.jsonl").open("a", buffering=1) if active else None
+        self.file = self._open(output / "metrics.jsonl", first_step) if active else None
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step") if active and terminal else None
         self.started, self.first_step = time.monotonic(), first_step
+
+    @staticmethod
+    def _open(path: Path, first_step: int) -> Any:
+        """Open for appending, without what an interrupted run wrote after the checkpoint it goes on from."""
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+            path.write_text("".join(f"{line}\n" for line in kept) if first_step else "")
+        return path.open("a", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl and send its numbers to the monitor."""
@@ -114,6 +122,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else str(value)
     return value
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line; infinite for one that was cut while it was written."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def _is_number(value: Any) -> bool:

@@ -130,7 +130,7 @@ class Trainer:
         self.window.data_wait += time.monotonic() - started
         if not self.config.official:
             counts = torch.stack([torch.cat([b["label_count"], b["masked_count"]]) for b in batches]).mean(0)
-            counts = mean_over_ranks(counts.to(self.ranks.device)).clamp(min=1e-6)
+            counts = mean_over_ranks(counts.to(self.ranks.device))
             for batch in batches:
                 batch["label_count"], batch["masked_count"] = counts[:1], counts[1:]
         return [self.watch.prepare(batch) for batch in batches]

@@ -5,8 +5,8 @@ stage 0, bf16 or fp16   a tensor per parameter, or (FusedAdam) a slice of a flat
 stages 1 and 2          its piece of this rank's flat partition, often empty; BF16_Optimizer (stage 1 in bf16) the same
 stage 3                 its padded piece of this rank's sub-group
 
-With the optimizer offloaded the pieces lie in CPU memory. DeepSpeed's safe_get_full_fp32_param gives the right answer
-for the last two and None for the others. A sharded teacher would be another ParameterSource: the teacher asks for
+With the optimizer offloaded the pieces lie in CPU memory. (DeepSpeed's safe_get_full_fp32_param knows the last two
+only, and spends a collective per parameter.) A sharded teacher would be another ParameterSource: the teacher asks for
 fp32_parameters() and nothing else.
 """
 
@@ -18,8 +18,10 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
+
+BUCKET = 2**24
+"""Elements gathered by one collective (64 MiB), unless a single parameter is larger."""
 
 
 class EngineSource:
@@ -33,26 +35,49 @@ class EngineSource:
 
     @torch.no_grad()
     def fp32_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and whole value of each parameter, one at a time, in the same order on every rank.
+        """Yield name and whole value of each parameter, in the same order on every rank.
 
-        Collective at stages 1 to 3: every rank must run it to its end. A parameter that the optimizer does not hold
-        (frozen) comes from the module.
+        Collective at stages 1 to 3: every rank must run it to its end. Memory: one bucket at a time. A parameter that
+        the optimizer does not hold (frozen) comes from the module.
         """
-        optimizer = self.engine.optimizer
-        masters = replicated_masters(optimizer)
+        masters = replicated_masters(self.engine.optimizer)
+        bucket, size = [], 0
         for name, parameter in self.engine.module.model.named_parameters():
-            if id(parameter) in masters:
+            if parameter.requires_grad and _is_sharded(parameter):
+                if bucket and size + _numel(parameter) > BUCKET:
+                    yield from self._gather(bucket)
+                    bucket, size = [], 0
+                bucket.append((name, parameter))
+                size += _numel(parameter)
+            elif id(parameter) in masters:
                 yield name, masters[id(parameter)]
-            elif parameter.requires_grad and _is_sharded(parameter):
-                yield name, _checked(safe_get_full_fp32_param(parameter), name, optimizer)
-            elif hasattr(parameter, "ds_id"):
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    value = parameter.detach().float().clone()
-                yield name, value
-            elif parameter.requires_grad and parameter.dtype != torch.float32:
-                _checked(None, name, optimizer)
             else:
-                yield name, parameter.detach().float()
+                yield name, self._from_module(name, parameter)
+        if bucket:
+            yield from self._gather(bucket)
+
+    def _gather(self, bucket: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        """Lay every rank's pieces into zeros and add them up: exact, since each element has one owner."""
+        flat = torch.zeros(sum(_numel(p) for _, p in bucket), device=self.engine.device)
+        wholes = flat.split([_numel(p) for _, p in bucket])
+        for (_, parameter), whole in zip(bucket, wholes, strict=True):
+            piece, start = _local_piece(self.engine.optimizer, parameter)
+            if piece is not None:
+                count = max(0, min(piece.numel(), whole.numel() - start))  # the rest is padding
+                whole[start : start + count].copy_(piece[:count])
+        deepspeed.comm.all_reduce(flat, group=self.engine.data_parallel_group)
+        for (name, parameter), whole in zip(bucket, wholes, strict=True):
+            yield name, whole.view(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _from_module(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter that no optimizer casts or cuts."""
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.detach().float().clone()
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            kind = type(self.engine.optimizer).__name__
+            raise RuntimeError(f"DeepSpeed's {kind} shows no float32 weights of {name} ({parameter.dtype})")
+        return parameter.detach().float()
 
 
 @torch.no_grad()
@@ -64,7 +89,7 @@ def clamp_temperature_master(engine: DeepSpeedEngine, low: float, high: float) -
     overwrites it from the master.
     """
     parameter = engine.module.model.temperature.value
-    for stored in (_local_master(engine.optimizer, parameter), *_copies(parameter)):
+    for stored in (_local_piece(engine.optimizer, parameter)[0], *_copies(parameter)):
         if stored is not None:
             stored.clamp_(low, high)
 
@@ -89,25 +114,27 @@ def _is_sharded(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
-def _checked(value: Tensor | None, name: str, optimizer: Any) -> Tensor:
-    if value is None:
-        raise RuntimeError(f"DeepSpeed's {type(optimizer).__name__} shows no float32 weights of {name}")
-    return value
+def _numel(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # a partitioned parameter is empty between uses
 
 
-def _local_master(optimizer: Any, parameter: nn.Parameter) -> Tensor | None:
-    """Return this rank's piece of a trained parameter's float32 master, as a view; None where it has none."""
+def _local_piece(optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor | None, int]:
+    """Return this rank's piece of a trained parameter's float32 master, as a view, and where in the whole it starts.
+
+    None where this rank has none. At stage 3 the piece may reach past the parameter's end (padding).
+    """
     if hasattr(parameter, "ds_id"):
-        group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        return optimizer.fp32_partitioned_groups_flat[group].narrow(0, start, count)
+        group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        piece = optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, count)
+        return piece, count * deepspeed.comm.get_rank(parameter.ds_process_group)
     if hasattr(parameter, "_hp_mapping"):
         fragment = parameter._hp_mapping
-        return None if fragment is None else fragment.hp_fragment
-    return replicated_masters(optimizer).get(id(parameter))
+        return (None, 0) if fragment is None else (fragment.hp_fragment.detach(), fragment.lp_fragment_address.start)
+    return replicated_masters(optimizer).get(id(parameter)), 0
 
 
 def _copies(parameter: nn.Parameter) -> list[Tensor]:
     """Return what the forward reads: the parameter, and at stage 3 also this rank's shard of it."""
     shard = getattr(parameter, "ds_tensor", None)
     copies = [parameter.data] if shard is None else [shard.data, parameter.data]
-    return [copy for copy in copies if copy.numel()]  # a partitioned parameter is empty between uses
+    return [copy for copy in copies if copy.numel()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,6 +12,9 @@ from simla_ds.model.heads import LanguageHead, Temperature
 from simla_ds.model.stream import Stream
 from simla_ds.model.vision import ImageEncoder
 from simla_ds.types import Features
+
+EXPECTED_KEYWORDS = 5
+"""Keywords of a caption that the concept head expects before training."""
 
 
 class Simla(nn.Module):
@@ -32,6 +37,9 @@ class Simla(nn.Module):
         self.language_head = LanguageHead(width, self.stream.embeddings.word)
         self.visual_head = nn.Linear(width, vocabulary.visual_size)
         self.concept_head = nn.Linear(projection, vocabulary.size)
+        # A caption has a handful of keywords among thousands of words: start at that rate, as focal loss does, or the
+        # first thousands of steps go into pushing every bias down, and the teacher suggests every word meanwhile.
+        nn.init.constant_(self.concept_head.bias, -math.log(vocabulary.size / EXPECTED_KEYWORDS))
         self.temperature = Temperature(config)
 
     def set_activation_checkpointing(self, on: bool) -> None:

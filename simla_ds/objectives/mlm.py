@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simla_ds.objectives.base import Objective
-from simla_ds.objectives.soft_targets import soft_cross_entropy_rows
+from simla_ds.objectives.soft_targets import per_target, soft_cross_entropy_rows
 from simla_ds.types import Batch, Outputs, Read, Request, StepFeatures
 
 
@@ -43,7 +43,7 @@ class MaskedLanguageModelling(Objective):
             return self._official_loss(batch, outputs[1], teacher_logits, alpha)
         logits = self.networks.student.language_head(outputs[1])
         losses = soft_cross_entropy_rows(logits, batch["labels"], teacher_logits, alpha)
-        return (losses.sum() / batch["label_count"]).squeeze()
+        return per_target(losses.sum(), batch["label_count"])
 
     def _official_loss(self, batch: Batch, hidden: Tensor, teacher_logits: Tensor, alpha: float) -> Tensor:
         """As published: log-softmax over the L positions (dim 1) in the teacher's term."""
@@ -52,7 +52,7 @@ class MaskedLanguageModelling(Objective):
         hard = F.cross_entropy(logits.flatten(0, 1).index_select(0, rows), batch["labels"], reduction="sum")
         over_positions = logits.log_softmax(1).flatten(0, 1).index_select(0, rows)
         soft = -(teacher_logits.float().softmax(-1) * over_positions).sum()
-        return (((1 - alpha) * hard + alpha * soft) / batch["label_count"]).squeeze()
+        return per_target((1 - alpha) * hard + alpha * soft, batch["label_count"])
 
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Share of labelled tokens guessed right."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simla_ds.objectives.base import Objective
-from simla_ds.objectives.soft_targets import soft_cross_entropy_rows
+from simla_ds.objectives.soft_targets import per_target, soft_cross_entropy_rows
 from simla_ds.types import Batch, Outputs, Read, Request, StepFeatures
 
 
@@ -45,7 +45,7 @@ class CrossModalReconstruction(Objective):
                 teacher_logits = self.networks.teacher.visual_head(outputs[1])
         logits = self.networks.student.visual_head(outputs[0])
         losses = soft_cross_entropy_rows(logits, self._labels(batch), teacher_logits, alpha)
-        return (losses.sum() / batch["masked_count"]).squeeze()
+        return per_target(losses.sum(), batch["masked_count"])
 
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Share of masked patches guessed right."""

@@ -87,7 +87,7 @@ def test_equal_values_pass():
     ],
 )
 def test_a_different_value_is_refused_with_both(settings, words):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r"\S") as caught:
         resolve(settings)
     message = str(caught.value)
     assert all(word in message for word in words), message
@@ -112,7 +112,7 @@ def test_a_different_value_is_refused_with_both(settings, words):
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(settings, words):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r"\S") as caught:
         resolve(settings)
     message = str(caught.value)
     assert all(word in message for word in words), message

@@ -1,29 +1,35 @@
 """cross_attention against its definition in float64."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
-from simla_kernels import cross_attention, cross_attention_reference
 from torch import Tensor
+
+from simla_kernels import cross_attention, cross_attention_reference
 
 # one row; a caption; a caption, odd on purpose; 16 x 16 patches and [CLS], where SDPA takes over on a CPU
 LENGTHS = [1, 30, 31, 257]
+attend: Any = cross_attention  # returns a tensor or, asked for [CLS], a pair
 TOLERANCE = 2e-6  # fp32 at order-one values; 7e-7 was measured
 
 
-def make_inputs(queries: int, keys: int, *, rows: int = 2, key_rows: int = 2, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def make_inputs(queries: int, keys: int, *, rows: int = 2, key_rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
     shapes = ((rows, 2, queries, 8), (key_rows, 2, keys, 8), (key_rows, 2, keys, 8))
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    q, k, v = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    return q, k, v
 
 
-def assert_equals_definition(tensors: list[Tensor], mask: Tensor | None, index: Tensor | None = None) -> None:
+def assert_equals_definition(tensors: Sequence[Tensor], mask: Tensor | None, index: Tensor | None = None) -> None:
     """Compare outputs, [CLS] rows and all gradients with the definition's in float64."""
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    wanted, wanted_row = cross_attention_reference(*exact, mask, index)
+    tensors, exact = list(tensors), [t.detach().double().requires_grad_() for t in tensors]
+    wanted, wanted_row = cross_attention_reference(exact[0], exact[1], exact[2], mask, index)
     direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted_gradients = torch.autograd.grad(wanted, exact, direction)
     for return_cls_row in (False, True):
-        out = cross_attention(*tensors, mask, index, return_cls_row=return_cls_row)
+        out = attend(*tensors, mask, index, return_cls_row=return_cls_row)
         if isinstance(out, tuple):
             torch.testing.assert_close(out[1].double(), wanted_row, atol=TOLERANCE, rtol=0)
             assert out[1].dtype == torch.float32
@@ -45,14 +51,14 @@ def test_masked_keys_are_not_read_and_a_row_without_keys_reads_all_evenly(querie
     mask = torch.rand(3, keys, generator=torch.Generator().manual_seed(2)) > 0.4
     mask[0, 0], mask[1] = True, False
     assert_equals_definition(tensors, mask)
-    out, row = cross_attention(*tensors, mask, return_cls_row=True)
+    out, row = attend(*tensors, mask, return_cls_row=True)
     even = tensors[2][1].mean(1, keepdim=True).expand(-1, queries, -1)
     torch.testing.assert_close(out[1], even, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(row[1], torch.full_like(row[1], 1 / keys))
     poisoned = [tensors[0], *(t.masked_fill(~mask[:, None, :, None], 1e4) for t in tensors[1:])]
     visible = [0, 2]
     torch.testing.assert_close(
-        cross_attention(*poisoned, mask)[visible], cross_attention(*tensors, mask)[visible], atol=TOLERANCE, rtol=0
+        attend(*poisoned, mask)[visible], attend(*tensors, mask)[visible], atol=TOLERANCE, rtol=0
     )
 
 
@@ -62,11 +68,11 @@ def test_gradients_of_a_shared_key_row_are_summed_over_the_rows_that_read_it(que
     index = torch.tensor([2, 0, 2, 2, 0])  # row 1 is read by none
     mask = torch.rand(3, keys, generator=torch.Generator().manual_seed(3)) > 0.4
     assert_equals_definition(tensors, mask, index)
-    out = cross_attention(*tensors, mask, index)
+    out = attend(*tensors, mask, index)
     assert isinstance(out, Tensor)
     shared = torch.autograd.grad(out.square().sum(), tensors[1:])
     repeated = [t.detach()[index].requires_grad_() for t in tensors[1:]]
-    out = cross_attention(tensors[0], *repeated, mask[index])
+    out = attend(tensors[0], *repeated, mask[index])
     assert isinstance(out, Tensor)
     for mine, copies in zip(shared, torch.autograd.grad(out.square().sum(), repeated), strict=True):
         torch.testing.assert_close(mine, torch.zeros_like(mine).index_add(0, index, copies), atol=1e-5, rtol=1e-5)
@@ -75,7 +81,7 @@ def test_gradients_of_a_shared_key_row_are_summed_over_the_rows_that_read_it(que
 
 def test_the_cls_row_is_not_dropped_out_and_stays_float32_in_bfloat16():
     tensors = [t.detach().bfloat16() for t in make_inputs(30, 31)]
-    out, row = cross_attention(*tensors, dropout_p=0.9, return_cls_row=True)
+    out, row = attend(*tensors, dropout_p=0.9, return_cls_row=True)
     _, wanted = cross_attention_reference(*(t.double() for t in tensors))
     assert out.dtype == torch.bfloat16
     assert row.dtype == torch.float32
@@ -88,7 +94,7 @@ def test_dropout_drops_weights_and_keeps_their_mean():
     q, k = torch.zeros(1, 1, 200, 4), torch.zeros(1, 1, 200, 4)  # all weights 1/200
     v = torch.ones(1, 1, 200, 4)
     torch.manual_seed(0)
-    out = cross_attention(q, k, v, dropout_p=0.25)
+    out = attend(q, k, v, dropout_p=0.25)
     assert isinstance(out, Tensor)
     kept = out[0, 0, :, 0] * 0.75  # share of 200 weights that were kept
     assert kept.std() > 0.01
@@ -111,4 +117,4 @@ def test_dropout_drops_weights_and_keeps_their_mean():
 def test_shapes_that_do_not_belong_together_are_refused_with_both(change: dict[str, Tensor], message: str):
     arguments = {"q": torch.zeros(2, 2, 3, 8), "k": torch.zeros(2, 2, 4, 8), "v": torch.zeros(2, 2, 4, 8)}
     with pytest.raises(ValueError, match=message):
-        cross_attention(**{**arguments, **change})
+        attend(**{**arguments, **change})

@@ -47,9 +47,7 @@ def test_activation_checkpointing_recomputes_every_block_and_layer(monkeypatch: 
     assert sizes[1] < 0.5 * sizes[0]
 
 
-@pytest.mark.parametrize(
-    ("value", "bounded"), [(0.07, 0.07), (0.5, 0.5), (0.9, 0.5), (0.0005, 0.001), (-0.05, 0.001)]
-)
+@pytest.mark.parametrize(("value", "bounded"), [(0.07, 0.07), (0.5, 0.5), (0.9, 0.5), (0.0005, 0.001), (-0.05, 0.001)])
 def test_temperature_is_bounded_in_the_forward_and_its_gradient_passes_straight_through(value: float, bounded: float):
     temperature = Temperature(ModelConfig())
     with torch.no_grad():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from simla_ds.objectives.collectives import gather_rows, gather_rows_with_gradient, own_rows, rank, world_size
 from simla_ds.objectives.feature_queue import FeatureQueue
@@ -46,7 +46,7 @@ def work(own_rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
     """Return what each of two real processes got."""
     folder: Path = tmp_path_factory.mktemp("gloo")
-    mp.spawn(work, args=(str(folder),), nprocs=RANKS)
+    spawn(work, args=(str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"rank{r}.pt") for r in range(RANKS)]
 
 

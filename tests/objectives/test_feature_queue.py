@@ -13,6 +13,11 @@ def make_rows(start: int, count: int) -> dict[str, torch.Tensor]:
     return {"image_feature": value.repeat(1, 3), "text_feature": -value.repeat(1, 3), "image_id": number + 100}
 
 
+def lengths(queue: FeatureQueue) -> list[int]:
+    image, text, image_id = queue.keys()
+    return [len(image), len(text), len(image_id)]
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -48,10 +53,10 @@ def test_rows_are_kept_in_float32_whatever_comes_in():
 def test_a_young_queue_hands_out_nothing_and_a_queue_of_size_zero_never_does():
     for size in (0, 8):
         queue = FeatureQueue(size, 3)
-        assert [len(t) for t in queue.keys()] == [0, 0, 0]
+        assert lengths(queue) == [0, 0, 0]
     queue = FeatureQueue(0, 3)
     queue.push(**make_rows(0, 2))
-    assert [len(t) for t in queue.keys()] == [0, 0, 0]
+    assert lengths(queue) == [0, 0, 0]
 
 
 def test_a_random_queue_is_full_of_different_unit_vectors_that_follow_from_the_seed():

@@ -92,7 +92,8 @@ def test_a_row_without_any_candidate_loses_its_wrong_rows_and_keeps_its_right_on
 
 def test_loss_is_the_mean_over_matched_and_drawable_rows():
     task, objective, batch, _ = make_step([0, 1, 2, 3, 4])
-    batch["negative_image"], batch["negative_text"] = torch.tensor([1, 2, 3, 4, 0]), torch.tensor([4, 0, 1, 2, 3])
+    wrong_image, wrong_text = torch.tensor([1, 2, 3, 4, 0]), torch.tensor([4, 0, 1, 2, 3])
+    batch["negative_image"], batch["negative_text"] = wrong_image, wrong_text
     with torch.no_grad():
         result = task(batch, alpha=0.4, keep=True)
         model, image = task.model, result["features"].student.image_tokens
@@ -100,8 +101,8 @@ def test_loss_is_the_mean_over_matched_and_drawable_rows():
         logits = []
         for image_index, text_index in (
             (torch.arange(5), torch.arange(5)),
-            (batch["negative_image"], torch.arange(5)),
-            (torch.arange(5), batch["negative_text"]),
+            (wrong_image, torch.arange(5)),
+            (torch.arange(5), wrong_text),
         ):
             hidden, _ = model.text_over_image(ids[text_index], mask[text_index], image[image_index])
             logits.append(model.match_head(hidden[:, 0]))

@@ -1,0 +1,101 @@
+"""Bad input gives one clear line and exit status 2, and nothing is written."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from simla_ds.config import Config, ContrastiveConfig, DataConfig, ObjectivesConfig, StreamConfig, TrainConfig
+from simla_ds.engine import build
+from simla_ds.engine.checkpoint import find_checkpoint
+from simla_ds.engine.distributed import Ranks
+from tests.engine.launching import ROOT
+from tests.engine.runs import keys, scenes
+
+
+def with_model(config: Config, **stream: int) -> Config:
+    return replace(config, model=replace(config.model, stream=StreamConfig(**stream)))
+
+
+def test_a_queue_larger_than_a_quarter_of_the_data_is_refused_with_both_numbers():
+    config = Config(objectives=ObjectivesConfig(itc=ContrastiveConfig(queue_size=26)))
+    build._check_sizes(config, 104)
+    with pytest.raises(ValueError, match=r"queue_size=26 .* 103 training pairs.*<= 25"):
+        build._check_sizes(config, 103)
+
+
+def test_captions_longer_than_the_position_table_are_refused():
+    config = with_model(Config(data=DataConfig(max_tokens=129)), max_positions=128)
+    with pytest.raises(ValueError, match=r"data.max_tokens=129 .*max_positions=128"):
+        build._check_sizes(config, 10**6)
+
+
+def test_too_little_disk_for_the_checkpoints_is_refused_with_both_sizes(monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 0, 2**30))
+    config = Config(output=str(tmp_path / "run"), train=TrainConfig(keep_checkpoints=2))
+    build._check_disk(config, 10**6)
+    with pytest.raises(ValueError, match=r"1\.0 GiB free, .*need about 6\.7 GiB"):
+        build._check_disk(config, 10**8)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_other_sizes_is_refused_with_the_field_and_both_numbers():
+    config = Config()
+    theirs = asdict(config.model)
+    build.same_model(config, theirs, Path("step_1"))
+    theirs["stream"]["layers"] = 12
+    with pytest.raises(ValueError, match=r"model\.stream\.layers=12, this run has 6"):
+        build.same_model(config, theirs, Path("step_1"))
+
+
+def test_a_fresh_start_over_checkpoints_is_refused(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr("simla_ds.engine.checkpoint.broadcast_object", lambda value: value)  # no process group here
+    ranks = Ranks(0, 0, 1, torch.device("cpu"))
+    assert find_checkpoint(tmp_path, "none", ranks) is None
+    (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"already holds 1 checkpoint\(s\), newest step_00000004"):
+        find_checkpoint(tmp_path, "none", ranks)
+    with pytest.raises(ValueError, match=r"nowhere is no whole checkpoint: MANIFEST.json is missing"):
+        find_checkpoint(tmp_path, str(tmp_path / "nowhere"), ranks)
+    assert find_checkpoint(tmp_path, "auto", ranks) is None  # the damaged one is passed over
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.train", "missing/{000..001}.tar"], r"data.train"),
+        (["--deepspeed", "contradiction.json"], r"16.*4"),
+        (["--model.vision.widht", "32"], r"model.vision.width"),
+        (["--train.batch_size", "1"], r"train.batch_size=1"),
+    ],
+    ids=["no shards match", "a JSON that contradicts the recipe", "a misspelt key", "a batch of one with ITM"],
+)
+def test_the_training_command_answers_in_one_line(tmp_path, arguments, message):
+    train = scenes(tmp_path) if "--deepspeed" in arguments else tmp_path
+    (tmp_path / "contradiction.json").write_text('{"train_micro_batch_size_per_gpu": 16}')
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *keys(train, "--train.batch_size", "4")]
+    done = subprocess.run(
+        [*command, *arguments, "--output", "run"],
+        cwd=tmp_path,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=280,  # the first start on a machine compiles a communication op
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1, done.stderr[-2000:]
+    assert re.search(message, errors[0])
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,118 @@
+"""Killed and resumed, a run goes on as if nothing had happened. Through the real launcher, on CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from simla_ds.hub import SimlaModel
+from tests.engine.launching import ROOT, free_port, launch
+from tests.engine.runs import keys, losses, records, scenes
+
+pytestmark = pytest.mark.launcher
+
+SCRIPT = ROOT / "launch" / "pretrain.py"
+# dropout and the ramp of alpha stay on: both must go on where they were
+RUN = ["--train.steps", "8", "--train.checkpoint_every", "4", "--train.batch_size", "4", "--deepspeed"]
+RUN += [str(ROOT / "ds_configs" / "zero2.json"), "--eval.every", "8", "--eval.samples", "8", "--eval.rerank", "2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return scenes(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = launch(SCRIPT, *keys(data, *RUN), "--output", str(run), ranks=2, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+def kill_after_checkpoint(arguments: list[str], checkpoint) -> None:
+    """Start a run of 2 ranks and SIGKILL launcher and ranks as soon as a checkpoint is there."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    scripts = os.path.dirname(sys.executable)
+    environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
+    command = [sys.executable, f"{scripts}/deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+    process = subprocess.Popen(
+        [*command, str(SCRIPT), *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not checkpoint.exists():
+            assert process.poll() is None, "the run ended before its checkpoint"
+            assert time.monotonic() < deadline, "no checkpoint in time"
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_killed_run_resumes_with_bit_identical_losses(tmp_path, data, undisturbed):
+    run = tmp_path / "run"
+    arguments = keys(data, *RUN, "--output", str(run))
+    # 40 steps, so that the kill comes before the end; the schedule is constant, so that it does not matter
+    constant = ["--optim.schedule", "constant"]
+    kill_after_checkpoint([*arguments, "--train.steps", "400", *constant], run / "checkpoints" / "step_00000004")
+    for late in sorted((run / "checkpoints").glob("step_*"))[1:]:
+        assert late.name != "step_00000400"
+        subprocess.run(["rm", "-r", str(late)], check=True)  # a later checkpoint may have been finished by then
+    done = launch(SCRIPT, *arguments, "--resume", "auto", *constant, ranks=2, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed from" in done.stderr and "step 4" in done.stderr
+    reference = tmp_path / "reference"
+    done = launch(SCRIPT, *keys(data, *RUN, "--output", str(reference)), *constant, ranks=2, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(run) == losses(reference)
+    assert list(losses(run)) == list(range(1, 9))
+
+
+def test_a_run_folder_holds_what_the_readme_says(undisturbed):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "csv", "checkpoints", "final"}
+    assert yaml.safe_load((undisturbed / "config.yaml").read_text())["train"]["batch_size"] == 4
+    assert json.loads((undisturbed / "environment.json").read_text())["world_size"] == 2
+    training = [record for record in records(undisturbed) if "loss" in record]
+    assert {"step", "samples_seen", "lr", "grad_norm", "samples_per_second", "peak_memory_mb", "data_wait"} <= set(
+        training[0]
+    )
+    evaluated = [record["step"] for record in records(undisturbed) if "eval/student/loss/itc" in record]
+    assert evaluated == [0, 8]
+    assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step_00000008"
+    assert not list((undisturbed / "checkpoints").glob(".*.partial"))
+    for folder in ("final", "final/teacher"):
+        assert SimlaModel.from_pretrained(undisturbed / folder).model.config.stream.width == 32
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, undisturbed, damage):
+    """Without a launch: find_checkpoint is what the trainer asks."""
+    import shutil
+
+    from simla_ds.engine.checkpoint import DamagedCheckpoint, check_whole
+
+    copy = tmp_path / "step_00000008"
+    shutil.copytree(undisturbed / "checkpoints" / "step_00000008", copy)
+    check_whole(copy)
+    victim = copy / "teacher.safetensors"
+    content = bytearray(victim.read_bytes())
+    if damage == "truncated":
+        victim.write_bytes(content[:-1])
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    else:
+        victim.unlink()
+    with pytest.raises(DamagedCheckpoint, match="teacher.safetensors"):
+        check_whole(copy)
