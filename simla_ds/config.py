@@ -36,14 +36,16 @@ class VisionConfig:
     def __post_init__(self):
         _require(
             self.image_size % self.patch_size == 0,
-            f"model.vision.image_size={self.image_size} is not a multiple of model.vision.patch_size={self.patch_size}; "
-            f"set model.vision.image_size to {max(1, self.image_size // self.patch_size) * self.patch_size}",
+            f"model.vision.image_size={self.image_size} is not a multiple of model.vision.patch_size={self.patch_size}"
+            f"; set model.vision.image_size to {max(1, self.image_size // self.patch_size) * self.patch_size}",
         )
         _require(
             self.width % self.heads == 0,
             f"model.vision.width={self.width} is not a multiple of model.vision.heads={self.heads}",
         )
-        _require(min(self.layers, self.heads, self.patch_size) >= 1, "model.vision: layers, heads, patch_size must be >= 1")
+        _require(
+            min(self.layers, self.heads, self.patch_size) >= 1, "model.vision: layers, heads, patch_size must be >= 1"
+        )
 
     @property
     def grid(self) -> int:
@@ -155,8 +157,8 @@ class ModelConfig:
         )
         _require(
             self.stream.max_positions > self.vision.patches,
-            f"model.stream.max_positions={self.stream.max_positions} is too small for {self.vision.patches} patches and "
-            f"[CLS], which run through the stream too; set model.stream.max_positions >= {self.vision.patches + 1}",
+            f"model.stream.max_positions={self.stream.max_positions} is too small for {self.vision.patches} patches "
+            f"and [CLS], which run through the stream too; set model.stream.max_positions >= {self.vision.patches + 1}",
         )
         _require(
             0 < self.temperature_min <= self.temperature <= self.temperature_max,
@@ -170,9 +172,11 @@ class ContrastiveConfig:
 
     weight: float = 1.0
     """Weight in the summed loss; 0 switches the objective off."""
-    queue_size: int = 1024
-    """Teacher features kept as further negatives, per modality; 0 switches the queue off. At most a quarter of the
-    data: a larger queue would hold many features of the very pictures it is contrasted with."""
+    queue_size: int = 0
+    """Teacher features kept as further negatives, per modality; 0 switches the queue off (65,536 in the paper). At most
+    a quarter of the data: a larger queue would hold many features of the very pictures it is contrasted with. Off for
+    models that start from nothing: their features drift so fast that old keys are told from new ones by age alone, and
+    captions collapse to one point (seen on scenes within 2,000 pairs, at 512 and 1,024 keys)."""
 
     def __post_init__(self):
         _require(self.queue_size >= 0, f"objectives.itc.queue_size must be >= 0, got {self.queue_size}")
@@ -277,9 +281,10 @@ class ObjectivesConfig:
 class TeacherConfig:
     """The momentum teacher."""
 
-    momentum: float = 0.995
+    momentum: float = 0.97
     """Share of itself that the teacher keeps per optimizer step at optim.reference_batch pairs; at b pairs it is
-    momentum ** (b / reference_batch), so that it forgets per pair and not per step."""
+    momentum ** (b / reference_batch), so that it forgets per pair and not per step (.995 in the
+    paper, whose model starts from BERT and DeiT)."""
     dropout: bool | None = None
     """Dropout in the teacher's passes. Default: off when corrected, on when official."""
 
@@ -340,7 +345,10 @@ class DataConfig:
         _require(self.max_tokens >= 3, f"data.max_tokens must be >= 3, got {self.max_tokens}")
         _require(self.shuffle_window >= 1, f"data.shuffle_window must be >= 1, got {self.shuffle_window}")
         _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
-        _require(0 <= self.augment_magnitude <= 10, f"data.augment_magnitude must be in [0, 10], got {self.augment_magnitude}")
+        _require(
+            0 <= self.augment_magnitude <= 10,
+            f"data.augment_magnitude must be in [0, 10], got {self.augment_magnitude}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,7 +462,11 @@ class Config:
 
     def __post_init__(self):
         _require(
-            not (self.objectives.itm.weight > 0 and self.train.batch_size < 2 and self.objectives.itm.negatives == "local"),
+            not (
+                self.objectives.itm.weight > 0
+                and self.train.batch_size < 2
+                and self.objectives.itm.negatives == "local"
+            ),
             f"train.batch_size={self.train.batch_size} leaves ITM (objectives.itm.weight={self.objectives.itm.weight}) "
             "without a wrong picture to choose; set train.batch_size >= 2 or objectives.itm.weight 0",
         )

@@ -18,7 +18,7 @@ from simla_ds.objectives import OBJECTIVES, FeatureQueue, Objective
 from simla_ds.objectives.base import Networks
 from simla_ds.objectives.itc import similarities
 from simla_ds.teacher import Teacher
-from simla_ds.types import Batch, Features, Outputs, Read, Request, StepFeatures
+from simla_ds.types import Batch, Outputs, Read, Request, StepFeatures
 
 
 class PretrainTask(nn.Module):

@@ -91,7 +91,9 @@ class Teacher:
         """Restore what state_dict returned. ValueError when names or shapes differ."""
         if state.keys() != self.master.keys():
             odd = sorted(state.keys() ^ self.master.keys())
-            raise ValueError(f"the checkpoint's teacher has other parameters than this model: {len(odd)}, first {odd[0]}")
+            raise ValueError(
+                f"the checkpoint's teacher has other parameters than this model: {len(odd)}, first {odd[0]}"
+            )
         for name, value in self.master.items():
             if state[name].shape != value.shape:
                 raise ValueError(

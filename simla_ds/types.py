@@ -82,10 +82,10 @@ class Features:
 
 @dataclass
 class Similarities:
-    """Cosines divided by the temperature, float32: this rank's rows against in-batch keys of all ranks and the queue."""
+    """Cosines divided by the temperature, float32: this rank's rows against keys of all ranks and the queue."""
 
     image_to_text: Tensor
-    """(B, G + Q) student images against teacher texts; G keys of the batch (all ranks in global order), Q filled queue rows."""
+    """(B, G + Q) student images against teacher texts; G keys of the batch (all ranks, global order), Q queue rows."""
     text_to_image: Tensor
     """(B, G + Q)"""
     teacher_image_to_text: Tensor

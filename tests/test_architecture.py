@@ -40,8 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "simla_ds.downstream": TASK | {"simla_ds.data", "simla_ds.hub", "simla_ds.engine.distributed"},
     "simla_ds.verify": LIBRARY,
     "simla_ds.evaluation": LIBRARY | {"simla_ds.verify"},
-    "simla_ds.engine": TASK
-    | {f"simla_ds.{name}" for name in ("data", "task", "hub", "evaluation", "parsing")},
+    "simla_ds.engine": TASK | {f"simla_ds.{name}" for name in ("data", "task", "hub", "evaluation", "parsing")},
     "simla_ds.visualize": LIBRARY | {"simla_ds.engine", "simla_ds.evaluation"},
     "simla_ds.report": LIBRARY | {"simla_ds.engine", "simla_ds.evaluation"},
     "simla_ds.planner": LIBRARY | {"simla_ds.engine", "simla_ds.evaluation"},

@@ -115,7 +115,7 @@ class PairMaker:
 
 
 def collate(pairs: list[Pair], vocabulary: VocabularyConfig, pad_to: int = 0) -> Batch:
-    """Stack pairs into a Batch padded to the longest caption, at least to pad_to; pinned where there is a CUDA device."""
+    """Stack pairs into a Batch padded to the longest caption, at least to pad_to; pinned where CUDA is there."""
     lengths = torch.tensor([len(pair.input_ids) for pair in pairs])
     text_mask = torch.arange(max(pad_to, int(lengths.max()))) < lengths[:, None]
     labelled = _padded([pair.labelled for pair in pairs], text_mask, False)

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from simla_ds.config import ModelConfig, VocabularyConfig
-from simla_ds.data.sample import SkipSample, upright_rgb, clean_caption, read_picture
+from simla_ds.data.sample import SkipSample, clean_caption, read_picture, upright_rgb
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.transforms import CLIP_MEAN, CLIP_STD, WHOLE, make_views
 

@@ -18,13 +18,11 @@ import difflib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from simla_ds.config import Config
-
-Precision = Literal["bf16", "fp16", "fp32"]
 
 AUTO = "auto"
 NEVER = 2**31 - 1
@@ -56,7 +54,7 @@ REFUSED = {
 """Dotted key -> what to do instead. A value of false is let pass."""
 
 
-def resolve_precision(requested: str, device_type: str) -> Precision:
+def resolve_precision(requested: str, device_type: str) -> str:
     """Return the training dtype for `train.precision` on a kind of device ("cpu", "cuda", ...).
 
     auto: bf16 where the device computes in it natively, fp16 on accelerators without it, fp32 on CPUs without
@@ -66,21 +64,18 @@ def resolve_precision(requested: str, device_type: str) -> Precision:
         if device_type == "cpu":
             return "bf16" if _cpu_is_fast_in_bf16() else "fp32"
         return "bf16" if _accelerator_has_bf16(device_type) else "fp16"
-    if requested != "bf16" and requested != "fp16" and requested != "fp32":  # so written, a type checker narrows it
+    if requested not in ("bf16", "fp16", "fp32"):
         raise ValueError(f"train.precision={requested} is none of auto, bf16, fp16, fp32")
-    if requested == "fp16":
-        from deepspeed.accelerator import get_accelerator
-
-        if not get_accelerator().is_fp16_supported():
-            raise ValueError(
-                f"train.precision=fp16 cannot be had on this {device_type} device (DeepSpeed asks for native fp16); "
-                "set train.precision to auto, bf16 or fp32"
-            )
+    if requested == "fp16" and not _accelerator().is_fp16_supported():
+        raise ValueError(
+            f"train.precision=fp16 cannot be had on this {device_type} device (DeepSpeed asks for native fp16); "
+            "set train.precision to auto, bf16 or fp32"
+        )
     return requested
 
 
 def resolve_deepspeed_config(
-    path: str | Path | dict[str, Any], config: Config, world_size: int, precision: Precision, device_type: str
+    path: str | Path | dict[str, Any], config: Config, world_size: int, precision: str, device_type: str
 ) -> dict[str, Any]:
     """Return the settings to hand to deepspeed.initialize.
 
@@ -205,7 +200,7 @@ def _settle_batch(settings: dict[str, Any], config: Config, world_size: int, whe
     _settle(settings, "gradient_clipping", config.clip, "optim.clip", where)
 
 
-def _settle_precision(settings: dict[str, Any], precision: Precision, stage: int, where: str) -> None:
+def _settle_precision(settings: dict[str, Any], precision: str, stage: int, where: str) -> None:
     for dtype in ("bf16", "fp16"):
         _settle(settings, f"{dtype}.enabled", precision == dtype, f"train.precision={precision}, so it", where)
     if settings.setdefault("communication_data_type", "fp32") == AUTO:
@@ -251,9 +246,13 @@ def _cpu_is_fast_in_bf16() -> bool:
 def _accelerator_has_bf16(device_type: str) -> bool:
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)  # DeepSpeed's own answer counts emulation
-    from deepspeed.accelerator import get_accelerator
+    return _accelerator().is_bf16_supported()
 
-    return get_accelerator().is_bf16_supported()
+
+def _accelerator() -> Any:
+    from deepspeed.accelerator import get_accelerator  # seconds: not before it is needed
+
+    return get_accelerator()
 
 
 def _can_compile_for_cuda() -> bool:

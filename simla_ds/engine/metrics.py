@@ -6,7 +6,6 @@ import json
 import math
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ class Metrics:
         self.file = self._open(output / "metrics.jsonl", first_step) if active else None
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step") if active and terminal else None
-        self.started, self.first_step = time.monotonic(), first_step
 
     @staticmethod
     def _open(path: Path, first_step: int) -> Any:
@@ -52,8 +50,8 @@ class Metrics:
             self.bar.update(record["step"] - self.bar.n)
             self.bar.set_description_str(text)
         else:
-            done = record["step"] - self.first_step
-            left = (time.monotonic() - self.started) / max(1, done) * (self.total_steps - record["step"])
+            pairs_left = record["samples_seen"] / record["step"] * (self.total_steps - record["step"])
+            left = pairs_left / record["samples_per_second"]
             self.say(f"step {record['step']}/{self.total_steps} | {text} | {_duration(left)} left")
 
     def say(self, line: str) -> None:
@@ -85,9 +83,7 @@ class Alarms:
     def check(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         """Return records for the alarms that a training record raises for the first time."""
         found = [
-            {"alarm": name, "message": message}
-            for name, message in self._symptoms(record)
-            if name not in self.raised
+            {"alarm": name, "message": message} for name, message in self._symptoms(record) if name not in self.raised
         ]
         self.raised.update(alarm["alarm"] for alarm in found)
         return [{"step": record["step"], "samples_seen": record["samples_seen"], **alarm} for alarm in found]
@@ -103,7 +99,9 @@ class Alarms:
         for modality in ("image", "text"):
             spread = record[f"{modality}_feature_spread"]
             if spread < 0.02 and seen > self.PATIENCE_SAMPLES:
-                symptoms.append((f"{modality}_features_collapsed", f"{modality} features are alike: spread {spread:.4f}"))
+                symptoms.append(
+                    (f"{modality}_features_collapsed", f"{modality} features are alike: spread {spread:.4f}")
+                )
         used = record.get("visual_codes_used")
         if used is not None and used < 0.1:
             symptoms.append(("dead_codes", f"only {used:.1%} of the visual codes occur; fit the codebook again"))

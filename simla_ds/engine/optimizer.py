@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 
 import torch
-from deepspeed import DeepSpeedEngine
 
 from simla_ds.config import Config
-from simla_ds.engine.zero_teacher import replicated_masters
+from simla_ds.engine.zero_teacher import Engine, replicated_masters
 
 
 def learning_rate(config: Config, samples_seen: int, total_samples: int, global_batch: int) -> float:
@@ -33,15 +32,14 @@ def learning_rate(config: Config, samples_seen: int, total_samples: int, global_
     return rate * config.learning_rate_scale(global_batch)
 
 
-def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
+def set_learning_rate(engine: Engine, rate: float) -> None:
     """Use a learning rate from the next step on, for every parameter group."""
-    assert engine.optimizer is not None
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
 
 
 @torch.no_grad()
-def forget_initial_step(engine: DeepSpeedEngine) -> None:
+def forget_initial_step(engine: Engine) -> None:
     """Undo the optimizer step that DeepSpeed makes when it is built at stage 0 in bf16 or fp16.
 
     It allocates AdamW's state by a step with zero gradients, which decays the weights once and leaves the step counter
@@ -51,7 +49,6 @@ def forget_initial_step(engine: DeepSpeedEngine) -> None:
     masters = replicated_masters(optimizer)
     if not masters:
         return
-    assert optimizer is not None
     optimizer.optimizer.state.clear()  # made again by the first step
     for group in optimizer.optimizer.param_groups:
         group.pop("step", None)  # where FusedAdam counts

@@ -205,7 +205,10 @@ class Trainer:
     def _check_resumable(self, path: Path, settings: dict[str, Any]) -> None:
         state = read_state(path)
         same_model(self.config, state["model"], path)
-        for name, now in (("world_size", self.ranks.world_size), ("zero_stage", settings["zero_optimization"]["stage"])):
+        for name, now in (
+            ("world_size", self.ranks.world_size),
+            ("zero_stage", settings["zero_optimization"]["stage"]),
+        ):
             if state[name] != now:
                 raise ValueError(f"{path} was saved at {name}={state[name]}, this run has {now}; start it as it was")
 

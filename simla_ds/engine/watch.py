@@ -76,8 +76,9 @@ class Watch:
     def gradient_shares(self, batch: Batch, alpha: float) -> dict[str, float]:
         """Return each objective's share of the summed gradient norms at two places.
 
-        `image_cls`: the image encoder's [CLS], of the clean and of the masked picture. `fused_cls`: the first row entering the stream's last layer, in every
-        fused pass. Measured on the given batch, with the objectives' weights.
+        `image_cls`: the image encoder's [CLS], of the clean and of the masked picture. `fused_cls`: the first row
+        entering the stream's last layer, in every fused pass. Measured on the given batch, with the objectives'
+        weights.
         """
         student = self._plain_student()
         task = PretrainTask(student, self.task.teacher, self.task.queue, self.config)
@@ -112,7 +113,7 @@ class Watch:
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
     def _plain_student(self) -> Simla:
-        """Return the student as a module without DeepSpeed's hooks: at ZeRO-3 a gathered copy, else the model itself."""
+        """Return the student as a module without DeepSpeed's hooks: at ZeRO-3 a gathered copy, else the model."""
         if self.engine.zero_optimization_stage() < 3:
             return self.task.model
         copy = Simla(self.config.model).to(self.engine.device)

@@ -17,8 +17,10 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
+
+Engine = Any
+"""A deepspeed.DeepSpeedEngine, whose own annotations know neither the wrapped module nor the optimizers' insides."""
 
 BUCKET = 2**24
 """Elements gathered by one collective (64 MiB), unless a single parameter is larger."""
@@ -30,7 +32,7 @@ class EngineSource:
     The engine wraps a PretrainTask, whose student is `.model`; names are those within the student.
     """
 
-    def __init__(self, engine: DeepSpeedEngine):
+    def __init__(self, engine: Engine):
         self.engine = engine
 
     @torch.no_grad()
@@ -81,7 +83,7 @@ class EngineSource:
 
 
 @torch.no_grad()
-def clamp_temperature_master(engine: DeepSpeedEngine, low: float, high: float) -> None:
+def clamp_temperature_master(engine: Engine, low: float, high: float) -> None:
     """Keep the temperature within bounds where it is stored; to be called on every rank after each applied step.
 
     Each rank bounds its own piece of the master, if it has one, and its copy in the training dtype: elementwise and in
@@ -118,7 +120,7 @@ def _numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # a partitioned parameter is empty between uses
 
 
-def _local_piece(optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor | None, int]:
+def _local_piece(optimizer: Any, parameter: Any) -> tuple[Tensor | None, int]:
     """Return this rank's piece of a trained parameter's float32 master, as a view, and where in the whole it starts.
 
     None where this rank has none. At stage 3 the piece may reach past the parameter's end (padding).

@@ -88,6 +88,6 @@ class Simla(nn.Module):
         return self.stream(rows, text_mask, image_tokens, context_index=image_index, cls_attention=cls_attention)
 
     def image_over_text(self, image_tokens: Tensor, text_keys: Tensor, text_mask: Tensor) -> Tensor:
-        """Run pictures (R, N, D) through the stream as if they were text, reading captions (R, L, D). Returns (R, N, D)."""
+        """Run pictures (R, N, D) through the stream like text, reading captions (R, L, D). Returns (R, N, D)."""
         rows = self.stream.embeddings(image_tokens)
         return self.stream(rows, None, text_keys, text_mask)[0]

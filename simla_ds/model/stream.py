@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from simla_kernels import cross_attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simla_ds.config import StreamConfig, VocabularyConfig
+from simla_kernels import cross_attention
 
 LAYER_NORM_EPS = 1e-12
 
@@ -32,7 +32,7 @@ class Embeddings(nn.Module):
         self.trained_patches = trained_patches
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Embed (R, L) int64 word ids, or (R, N, D) image rows, which get text positions too. Returns (R, L or N, D)."""
+        """Embed (R, L) int64 word ids, or (R, N, D) image rows, which get text positions. Returns (R, L or N, D)."""
         if rows.is_floating_point():
             x = rows + self._image_positions(rows.shape[1])
         else:

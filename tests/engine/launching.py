@@ -18,11 +18,10 @@ def launch(
     ranks: int = 1,
     timeout: float = 280,
     cwd: Path | None = None,
-    threads: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `deepspeed --num_accelerators RANKS SCRIPT ARGS` over gloo; return exit status, stdout and stderr.
 
-    threads: of each rank; by default the cores are shared out. For tiny models on a busy machine 1 is much faster.
+    Each rank has one thread: tests run side by side, and threads that wait for each other slow tiny models tenfold.
     A script that does not end in .py is a module's dotted name, run from the checkout (so that it can import tests.*).
     On timeout the launcher and all its ranks are killed and a TimeoutError tells what they had printed.
     """
@@ -30,7 +29,7 @@ def launch(
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",  # tests run side by side: more threads would wait for each other
+        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}",
     }

@@ -16,8 +16,10 @@ pytestmark = pytest.mark.launcher
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 TRAINED = tuple(f"{stage}:{precision}" for stage in STAGES for precision in ("fp32", "bf16"))
-ALL = (*TRAINED, *(f"{stage}:fp16" for stage in STAGES))
-COMPILED = (  # DeepSpeed's own optimizers, which it compiles at first use
+ALL = (*TRAINED, "zero0:fp16", "zero2:fp16")
+RARE = (  # the other two stages in fp16, and DeepSpeed's own optimizers, which it compiles at first use
+    "zero1:fp16",
+    "zero3:fp16",
     "zero0:bf16:fusedadam",
     "zero2_offload:fp32",
     "zero2_offload:bf16",
@@ -39,7 +41,7 @@ Reports = dict[str, dict[str, Any]]
 def train(folder: Path, layouts: tuple[str, ...], *arguments: str, ranks: int, timeout: float = 280) -> Reports:
     out = folder / "reports.jsonl"
     arguments = ("--out", str(out), *arguments, *layouts)
-    done = launch("tests.engine.workers.follow", *arguments, ranks=ranks, timeout=timeout, threads=1)
+    done = launch("tests.engine.workers.follow", *arguments, ranks=ranks, timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return {report["layout"]: report for report in map(json.loads, out.read_text().splitlines())}
 
@@ -128,12 +130,12 @@ def test_the_first_update_is_a_first_update_in_every_layout(two_ranks, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_offloaded_and_fused_optimizers(tmp_path, ranks):
-    for report in train(tmp_path, COMPILED, "--steps", "12", "--whole-task", ranks=ranks, timeout=1200).values():
+def test_rare_layouts_with_offloaded_and_fused_optimizers(tmp_path, ranks):
+    for report in train(tmp_path, RARE, "--steps", "12", "--whole-task", ranks=ranks, timeout=1200).values():
         check_teacher(report)
         check_source(report)
         check_temperature(report)
-        assert report["reloaded"] == 0.0
+        assert report["start"] == report["reloaded"] == 0.0
         assert report["first_move"] == pytest.approx(1.0, abs=1e-3)
 
 

@@ -14,8 +14,8 @@ from simla_ds.data.scenes.templates import BY_MENTIONS, PLACE_WORDS, Template
 
 MAX_WORDS = 28
 NUMBERS = ("no", "one", "two", "three", "four")
-SAY_COLOUR, SAY_SIZE = 0.75, 0.6
-SAY_BACKGROUND, BACKGROUND_FIRST = 0.7, 0.15
+SAY_COLOUR, SAY_SIZE = 0.9, 0.6
+SAY_BACKGROUND, BACKGROUND_FIRST = 0.85, 0.15
 MENTION_ALL = 0.6
 """Share of captions that name everything in the picture, sentence forms permitting."""
 

@@ -18,7 +18,7 @@ from simla_ds.data.scenes.kit import Concept, Kit, kit, opaque_pixels
 from simla_ds.data.scenes.layout import SIDES, Box, place
 from simla_ds.data.scenes.splits import Split
 
-PHOTO = 0.45
+PHOTO = 0.35
 """Share of scenes in front of a photo; the others are on one colour."""
 SIZED = 0.45
 """Share of scenes whose things are either plainly small or plainly large; in the others all are of medium size."""

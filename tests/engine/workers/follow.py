@@ -12,6 +12,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -23,7 +24,7 @@ from simla_ds.config import OptimConfig, TrainConfig
 from simla_ds.engine.deepspeed_config import resolve_deepspeed_config
 from simla_ds.engine.distributed import finish, start
 from simla_ds.engine.optimizer import forget_initial_step, set_learning_rate
-from simla_ds.engine.zero_teacher import EngineSource, clamp_temperature_master
+from simla_ds.engine.zero_teacher import Engine, EngineSource, clamp_temperature_master
 from simla_ds.model.weight_decay import parameter_groups
 from simla_ds.task import PretrainTask
 from tests.tiny import STREAM, VISION, make_batch, make_task, run_config
@@ -56,12 +57,12 @@ class OnePassTask(PretrainTask):
 
 
 class DrivenTask(PretrainTask):
-    """Nothing but the temperature, pulled up (drive below 0) or down as hard as clipping lets it."""
+    """Nothing but the temperature, pulled up (by a negative number) or down as hard as clipping lets it."""
 
-    def forward(self, drive):
-        """Return `loss` and the temperature that the similarities would be divided by."""
+    def forward(self, batch, **kwargs):
+        """Return `loss` and the temperature that similarities would be divided by; `batch` is the pull, a number."""
         temperature = self.model.temperature()
-        return {"loss": (drive * temperature).squeeze(), "temperature": temperature.detach()}
+        return {"loss": (batch * temperature).squeeze(), "temperature": temperature.detach()}
 
 
 def settings_for(layout: str, config, world_size: int) -> tuple[dict, str]:
@@ -78,7 +79,7 @@ def settings_for(layout: str, config, world_size: int) -> tuple[dict, str]:
     return settings, precision
 
 
-def build(layout: str, world_size: int, kind: type[PretrainTask]) -> tuple[deepspeed.DeepSpeedEngine, PretrainTask]:
+def build(layout: str, world_size: int, kind: type[PretrainTask]) -> tuple[Engine, PretrainTask]:
     """Return a fresh engine around the real task, with one parameter frozen."""
     config = run_config()
     config = replace(
@@ -93,7 +94,7 @@ def build(layout: str, world_size: int, kind: type[PretrainTask]) -> tuple[deeps
     task.__class__ = kind
     task.model.get_parameter(FROZEN).requires_grad_(False)
     task.teacher.set_dtype(DTYPES[precision])
-    groups = parameter_groups(task.model, config.optim.weight_decay, official=False)
+    groups: Any = parameter_groups(task.model, config.optim.weight_decay, official=False)
     engine, *_ = deepspeed.initialize(model=task, model_parameters=groups, config=settings)
     forget_initial_step(engine)
     return engine, task
@@ -106,7 +107,7 @@ def gathered(piece: Tensor) -> list[Tensor]:
     return parts
 
 
-def whole_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
     """Return the fp32 weights by name, out of the optimizer's flat buffers."""
     optimizer, name_of = engine.optimizer, {id(p): n for n, p in engine.module.model.named_parameters()}
     found: dict[str, Tensor] = {}
@@ -143,7 +144,7 @@ def whole_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
     return found
 
 
-def forward_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+def forward_weights(engine: Engine) -> dict[str, Tensor]:
     """Return the weights that the forward reads, in the training dtype."""
     parameters = list(engine.module.model.parameters())
     if not hasattr(parameters[0], "ds_id"):
@@ -250,7 +251,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("layouts", nargs="+")
     arguments = parser.parse_args()
-    get_accelerator().is_fp16_supported = lambda: True  # slow here, but its masters are laid out as on a GPU
+    accelerator: Any = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True  # slow here, but its masters are laid out as on a GPU
     ranks = start()
     lines = []
     for layout in arguments.layouts:
