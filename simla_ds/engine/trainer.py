@@ -56,7 +56,7 @@ class Trainer:
         self.total_steps = config.total_steps(self.global_batch)
         self.zero_stage = settings["zero_optimization"]["stage"]
         settings.update(_monitors(self.config))
-        groups = parameter_groups(self.task.model, config.optim.weight_decay, official=config.official)
+        groups: Any = parameter_groups(self.task.model, config.optim.weight_decay, official=config.official)
         self.engine, *_ = deepspeed.initialize(model=self.task, model_parameters=groups, config=settings)
         forget_initial_step(self.engine)
         self.source = EngineSource(self.engine)

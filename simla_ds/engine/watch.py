@@ -35,15 +35,16 @@ class Watch:
         visual_tokenizer: VisualTokenizer,
     ):
         self.config, self.engine, self.task, self.source = config, engine, task, source
-        self.visual_tokenizer = visual_tokenizer
-        self.seen_codes = torch.zeros(visual_tokenizer.vocabulary_size, dtype=torch.bool, device=engine.device)
+        self.visual_tokenizer, self.device = visual_tokenizer, torch.device(engine.device or "cpu")
+        self.seen_codes = torch.zeros(visual_tokenizer.vocabulary_size, dtype=torch.bool, device=self.device)
         self.held_out = None
         if config.data.val and config.eval.every:
-            self.held_out = HeldOut(config, tokenizer, visual_tokenizer, engine.device)
+            self.held_out = HeldOut(config, tokenizer, visual_tokenizer, self.device)
 
     def prepare(self, batch: Batch) -> Batch:
         """Move a batch to the device and make its visual tokens."""
-        moved: Any = {name: value.to(self.engine.device, non_blocking=True) for name, value in batch.items()}
+        tensors: dict[str, Any] = dict(batch)
+        moved: Any = {name: value.to(self.device, non_blocking=True) for name, value in tensors.items()}
         view = moved.pop("visual_view", None)
         if view is not None:
             moved["visual_ids"] = self.visual_tokenizer(view)
@@ -89,7 +90,7 @@ class Watch:
                 fused.append(arguments[0])
 
         hook = student.stream.layers[-1].register_forward_pre_hook(keep)
-        devices = [self.engine.device] if self.engine.device.type == "cuda" else []
+        devices = [self.device] if self.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):  # dropout here must not shift the training's draws
                 features = task.features(batch)
@@ -116,7 +117,7 @@ class Watch:
         """Return the student as a module without DeepSpeed's hooks: at ZeRO-3 a gathered copy, else the model."""
         if self.engine.zero_optimization_stage() < 3:
             return self.task.model
-        copy = Simla(self.config.model).to(self.engine.device)
+        copy = Simla(self.config.model).to(self.device)
         with torch.no_grad():
             parameters = dict(copy.named_parameters())
             for name, value in self.source.fp32_parameters():

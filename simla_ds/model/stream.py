@@ -6,8 +6,6 @@ first text_layers read text alone and fusion_layers with cross-attention follow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -167,10 +165,10 @@ class Stream(nn.Module):
         Returns:
             (R, L, D) rows of the last layer, and (R, H, L) fp32 attention or None.
         """
-        layers: Sequence[nn.Module] = self.layers if context is not None else self.layers[: self.text_depth]
+        depth = len(self.layers) if context is not None else self.text_depth
         cls_row = None
-        for i, layer in enumerate(layers):
-            wanted = cls_attention and i == len(layers) - 1
+        for i, layer in enumerate(self.layers[:depth]):
+            wanted = cls_attention and i == depth - 1
             arguments = (x, mask, context, context_mask, context_index, wanted)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, cls_row = checkpoint(layer, *arguments, use_reentrant=False)

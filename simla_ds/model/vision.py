@@ -34,7 +34,9 @@ class ImageEncoder(VisionTransformer):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.activation_checkpointing = False
 
-    def forward(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  timm's takes an attention mask, ours hides patches
+        self, image: Tensor, patch_mask: Tensor | None = None
+    ) -> Tensor:
         """Encode pictures.
 
         Args:
@@ -44,7 +46,7 @@ class ImageEncoder(VisionTransformer):
         Returns:
             (B, P + 1, D) tokens, [CLS] first.
         """
-        x = self.patch_embed(image.to(self.cls_token.dtype))  # (B, grid, grid, D)
+        x = self.patch_embed(image.to(self.mask_token.dtype))  # (B, grid, grid, D)
         if patch_mask is not None:
             x = torch.where(patch_mask.view(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
         x = self.norm_pre(self._pos_embed(x))

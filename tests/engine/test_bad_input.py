@@ -6,21 +6,25 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from simla_ds.config import Config, ContrastiveConfig, DataConfig, ObjectivesConfig, StreamConfig, TrainConfig
+from simla_ds.config import (
+    Config,
+    ContrastiveConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectivesConfig,
+    StreamConfig,
+    TrainConfig,
+)
 from simla_ds.engine import build
 from simla_ds.engine.checkpoint import find_checkpoint
 from simla_ds.engine.distributed import Ranks
 from tests.engine.launching import ROOT
 from tests.engine.runs import keys, scenes
-
-
-def with_model(config: Config, **stream: int) -> Config:
-    return replace(config, model=replace(config.model, stream=StreamConfig(**stream)))
 
 
 def test_a_queue_larger_than_a_quarter_of_the_data_is_refused_with_both_numbers():
@@ -31,7 +35,8 @@ def test_a_queue_larger_than_a_quarter_of_the_data_is_refused_with_both_numbers(
 
 
 def test_captions_longer_than_the_position_table_are_refused():
-    config = with_model(Config(data=DataConfig(max_tokens=129)), max_positions=128)
+    stream = StreamConfig(max_positions=128)
+    config = Config(data=DataConfig(max_tokens=129), model=ModelConfig(stream=stream))
     with pytest.raises(ValueError, match=r"data.max_tokens=129 .*max_positions=128"):
         build._check_sizes(config, 10**6)
 
