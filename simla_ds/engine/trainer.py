@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ class Trainer:
             "data_wait": self.window.data_wait / max(1, self.window.steps // self.micro_steps),
             "peak_memory_mb": peak_memory_mb(self.ranks.device),
             "visual_codes_used": self.watch.codes_used(),
-            "skipped": dict(self.loader.skipped),
+            "skipped": dict(sum(map(Counter, gather_objects(dict(self.loader.skipped))), Counter())),
         }
         record = self._write(record)
         self.metrics.show(record)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simla_ds.config import ModelConfig
+from simla_ds.model.layer_norm import layer_norm
 from simla_ds.model.stream import LAYER_NORM_EPS, init_linear
 
 
@@ -16,7 +17,7 @@ class LanguageHead(nn.Module):
     def __init__(self, width: int, word_embeddings: nn.Embedding):
         super().__init__()
         self.transform = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm = layer_norm(width, LAYER_NORM_EPS)
         self.decoder = nn.Linear(width, word_embeddings.num_embeddings)
         self.decoder.weight = word_embeddings.weight
         init_linear(self.transform, width)

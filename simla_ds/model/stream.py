@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simla_ds.config import StreamConfig, VocabularyConfig
+from simla_ds.model.layer_norm import layer_norm
 from simla_kernels import cross_attention
 
 LAYER_NORM_EPS = 1e-12
@@ -25,7 +26,7 @@ class Embeddings(nn.Module):
         self.word = nn.Embedding(vocabulary.size, config.width, padding_idx=vocabulary.pad)
         self.position = nn.Embedding(config.max_positions, config.width)
         self.token_type = nn.Embedding(2, config.width) if config.token_types else None
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm = layer_norm(config.width, LAYER_NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
         self.trained_patches = trained_patches
 
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.width, config.width)
         self.value = nn.Linear(config.width, config.width)
         self.output = nn.Linear(config.width, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm = layer_norm(config.width, LAYER_NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -97,7 +98,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.width, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm = layer_norm(config.width, LAYER_NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:

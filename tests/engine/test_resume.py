@@ -20,6 +20,7 @@ SCRIPT = ROOT / "launch" / "pretrain.py"
 # dropout and the ramp of alpha stay on: both must go on where they were
 RUN = ["--train.steps", "8", "--train.checkpoint_every", "4", "--train.batch_size", "4", "--deepspeed"]
 RUN += [str(ROOT / "ds_configs" / "zero2.json"), "--eval.every", "8", "--eval.samples", "8", "--eval.rerank", "2"]
+RUN += ["--train.diagnose_every", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,12 @@ def test_a_run_folder_holds_what_the_readme_says(undisturbed):
     assert {"step", "samples_seen", "lr", "grad_norm", "samples_per_second", "peak_memory_mb", "data_wait"} <= set(
         training[0]
     )
+    shares = [record for record in records(undisturbed) if "gradient_share/image_cls/itc" in record]
+    assert [record["step"] for record in shares] == [4, 8]
+    for place in ("image_cls", "fused_cls"):
+        measured = {name: value for name, value in shares[0].items() if name.startswith(f"gradient_share/{place}/")}
+        assert len(measured) == 5
+        assert sum(measured.values()) == pytest.approx(1.0)
     evaluated = [record["step"] for record in records(undisturbed) if "eval/student/loss/itc" in record]
     assert evaluated == [0, 8]
     assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step_00000008"
