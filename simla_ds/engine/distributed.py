@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def start() -> Ranks:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     # where pip put ninja, which torch looks for on PATH; one and the same at every start, or ops are compiled again
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.14 renames: nothing a user can act on
+    warnings.filterwarnings("ignore", r".*torch\.distributed.* is deprecated", FutureWarning)
     accelerator: Any = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":

@@ -7,8 +7,8 @@ from importlib import import_module
 from torch import nn
 
 
-def layer_norm(width: int, eps: float) -> nn.Module:
-    """Return a LayerNorm over the last dimension of (..., width).
+def layer_norm(width: int, eps: float) -> nn.LayerNorm:
+    """Return a LayerNorm over the last dimension of (..., width); Apex's has the same members.
 
     Apex counts only with its compiled extension. PyPI's package of that name is another project and has neither.
     """
