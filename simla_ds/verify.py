@@ -32,6 +32,7 @@ from simla_ds.model.official_names import our_name, split_teacher, translate
 from simla_ds.model.simla import Simla
 from simla_ds.model.weight_decay import parameter_groups
 from simla_ds.objectives import FeatureQueue
+from simla_ds.objectives.psl import PseudoLabelledKeywords
 from simla_ds.task import PretrainTask
 from simla_ds.teacher import ModuleSource, Teacher
 from simla_ds.types import Batch, StepFeatures
@@ -286,10 +287,11 @@ def details(task: PretrainTask, batch: Batch, features: StepFeatures, outputs: d
     masked_of_first = int(first.sum())
     mlm_hidden = outputs["mlm"][1].flatten(0, 1).index_select(0, batch["label_index"])
     psl, attention = task.objectives["psl"], outputs["psl"][0]
-    hard = psl.targets(batch, attention)  # type: ignore[attr-defined]
-    positions, _ = psl.keyword_positions(batch, attention)  # type: ignore[attr-defined]
+    assert isinstance(psl, PseudoLabelledKeywords)  # the dictionary of objectives knows only Objective
+    hard = psl.targets(batch, attention)
+    positions, _ = psl.keyword_positions(batch, attention)
     voters = min(psl.config.psl.votes_per_head, attention.shape[-1])
-    counts = psl._count(attention.topk(voters, dim=-1).indices, attention.shape[-1])  # type: ignore[attr-defined]
+    counts = psl.count_votes(attention.topk(voters, dim=-1).indices, attention.shape[-1])
     if student.masked_image_tokens is None:
         raise RuntimeError("a recorded step has XMM on")
     return {

@@ -69,13 +69,13 @@ class PseudoLabelledKeywords(Objective):
         length = attention.shape[-1]
         voters, keep = min(self.config.psl.votes_per_head, length), min(self.config.psl.keywords, length)
         if self.official:
-            votes = self._count(attention.topk(voters, dim=-1).indices, length)
+            votes = self.count_votes(attention.topk(voters, dim=-1).indices, length)
             positions = votes.topk(keep, dim=-1).indices
             return positions, torch.ones_like(positions, dtype=torch.bool)
         word = self._is_word(batch["input_ids"]) & batch["text_mask"]
         attention = attention.masked_fill(~word[:, None], -1.0)
         top = attention.topk(voters, dim=-1)
-        votes = self._count(top.indices, length, valid=top.values >= 0)
+        votes = self.count_votes(top.indices, length, valid=top.values >= 0)
         # most votes first; then by mean attention, then by position (both sorts are stable)
         order = attention.mean(1).argsort(dim=-1, descending=True, stable=True)
         order = order.gather(1, votes.gather(1, order).argsort(dim=-1, descending=True, stable=True))
@@ -90,7 +90,7 @@ class PseudoLabelledKeywords(Objective):
         return word
 
     @staticmethod
-    def _count(voted: Tensor, length: int, valid: Tensor | None = None) -> Tensor:
+    def count_votes(voted: Tensor, length: int, valid: Tensor | None = None) -> Tensor:
         """Count votes (B, H, k) per position: (B, L) int64."""
         ones = torch.ones_like(voted) if valid is None else valid.to(voted.dtype)
         votes = torch.zeros(voted.shape[0], length, dtype=torch.int64, device=voted.device)
