@@ -50,7 +50,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from simla_ds.demo import run_demo
 
-    return run_demo(arguments.out)
+    return run_demo(arguments.out, arguments.seed)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -141,6 +141,7 @@ def _add_demo(commands) -> None:
         "About 12 minutes on two cores.",
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the results")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the training; the scenes stay the same")
 
 
 def _positive(text: str) -> int:

@@ -48,8 +48,12 @@ FALLING = ("itc", "itm", "mlm", "xmm")
 """Objectives whose held-out loss must end lower than it began."""
 
 
-def run_demo(out: Path) -> int:
+def run_demo(out: Path, seed: int = 0) -> int:
     """Run every phase, print a table, and return 0 when the promises hold, else 1.
+
+    Args:
+        out: folder of the results.
+        seed: of the training: start weights, order, views, masks. The scenes stay the same.
 
     Raises ValueError when the sources are not at hand or the training fails to start.
     """
@@ -59,7 +63,7 @@ def run_demo(out: Path) -> int:
     with _timed(seconds, "prepare"):
         prepare_scenes(scenes, train=SCENES)
     with _timed(seconds, "train"):
-        command = training_command(scenes, run)
+        command = training_command(scenes, run, seed)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja compiles operators
         status = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, check=False).returncode
     if status:
@@ -81,7 +85,7 @@ def run_demo(out: Path) -> int:
     return 1 if broken else 0
 
 
-def training_command(scenes: Path, run: Path) -> list[str]:
+def training_command(scenes: Path, run: Path, seed: int = 0) -> list[str]:
     """Return the command that the README shows, with this interpreter's deepspeed.
 
     Raises ValueError where the launch scripts or deepspeed are missing.
@@ -101,6 +105,7 @@ def training_command(scenes: Path, run: Path) -> list[str]:
         ),
         *("launch/pretrain.py", "--deepspeed", "ds_configs/zero2.json", "--config", RECIPE),
         *("--data.train", str(scenes / "train"), "--output", str(run)),
+        *("--train.seed", str(seed)),
         *TRAIN_ARGUMENTS,
     ]
 

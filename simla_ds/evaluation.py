@@ -51,7 +51,7 @@ class HeldOut:
             ids = visual_tokenizer(view.to(self.device)).cpu()
             codes.append(ids.flatten()[batch["masked_index"]])
             batch["visual_ids"] = ids
-            self.batches.append(batch)
+            self.batches.append(pin_negatives(batch))
         if not self.batches:
             raise ValueError(f"data.val={config.data.val}: none of its first {config.eval.samples} samples is usable")
         labels = torch.cat([batch["labels"] for batch in self.batches])
@@ -66,7 +66,7 @@ class HeldOut:
         """Measure the student or the teacher's own network (network is teacher.module).
 
         Losses are those of training with hard targets (alpha 0), means over all pairs, labelled tokens or masked
-        patches; ITC's keys are described in `fixed_queue`, PSL's keywords are picked by the teacher's attention.
+        patches; ITM's wrong partners are those of `pin_negatives`, ITC's keys are described in `fixed_queue`, PSL's keywords are picked by the teacher's attention.
         The training's queue, modes and random state are left as they are.
 
         Returns:
@@ -135,6 +135,19 @@ class Probe(PretrainTask):
         features = super().features(batch, masked=masked)
         features.similarities = _own_rank_only(features.similarities, self.queue.filled)
         return features
+
+
+def pin_negatives(batch: Batch) -> Batch:
+    """Fix ITM's wrong partners: drawn evenly among the batch's other pictures by itm_draws, whatever the model.
+
+    Training draws them by similarity, so that they get harder as ITC gets better: a loss over those would not fall.
+    """
+    ids, draws = batch["image_id"], batch["itm_draws"]
+    allowed = ids[:, None] != ids[None]
+    chosen = (draws * allowed.sum(1, keepdim=True)).long()  # (B, 2): the how manieth allowed column
+    rank = allowed.cumsum(1) - 1
+    wrong = [(allowed & (rank == column[:, None])).long().argmax(1) for column in chosen.unbind(1)]
+    return Batch(**{**batch, "negative_image": wrong[0], "negative_text": wrong[1]})
 
 
 def fixed_queue(keys: list[tuple[Tensor, Tensor, Tensor]], left_out: int) -> FeatureQueue:

@@ -1,0 +1,1 @@
+"""Measurements of this project against named baselines: `python -m benchmarks --help`."""

@@ -1,0 +1,21 @@
+"""`python -m benchmarks NAME ...`: hands over to the benchmark of that name."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {"kernels": "the fused operations against what they replace", "compilation": "what compilers make of them"}
+
+
+def main(argv: list[str]) -> int:
+    """Run one benchmark; 2 when there is none of that name."""
+    if argv and argv[0] in BENCHMARKS:
+        return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+    lines = [f"  {name:12} {what}" for name, what in BENCHMARKS.items()]
+    print("\n".join(["usage: python -m benchmarks NAME [--help] ...", *lines]))
+    return 0 if argv in (["--help"], ["-h"]) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""On a card where a kernel never ran, its numbers are checked before they are used: seconds, once per card and version.
+
+Three odd sizes, forward and every gradient against the definition in float64, and two runs that must agree bit by
+bit. The verdict is kept in a file, by card, versions and the kernels' own source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from simla_kernels import checking, dispatch
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Largest error in units of a result's largest entry."""
+SIZES = 3
+
+
+@cache
+def objection(op: str, device: torch.device) -> str | None:
+    """Return why `op`'s Triton implementation may not be used on `device`; None when it passed."""
+    path, key = _cache_file(), _key(op, device)
+    verdicts = _read(path)
+    if key not in verdicts:
+        verdicts[key] = failure(op, device)
+        _write(path, verdicts)
+    return verdicts[key]
+
+
+def failure(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCES)) -> str | None:
+    """Run the check now; return what failed first, or None."""
+    operation = dispatch.OPERATIONS[op]
+    for dtype in dtypes:
+        for size in range(SIZES):
+            arguments = operation.example(size, device, dtype)
+            truth = checking.results(operation.reference, checking.upcast(arguments))
+            with dispatch.forced("triton"):
+                try:
+                    first = checking.results(operation.function, arguments)
+                    second = checking.results(operation.function, arguments)
+                except Exception as error:  # a compiler or driver may fail in any way; the verdict must say so
+                    return f"its self-check on {device} ended with {type(error).__name__}: {str(error).splitlines()[0]}"
+            for name, error in checking.errors(first, truth).items():
+                if not error <= TOLERANCES[dtype]:
+                    return f"its self-check on {device} found {name} off by {error:.1e} in {dtype} (size {size})"
+            if any(not torch.equal(first[name], second[name]) for name in first):
+                return f"its self-check on {device} found two runs that differ in {dtype} (size {size})"
+    return None
+
+
+def _key(op: str, device: torch.device) -> str:
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source.update(path.read_bytes())
+    return f"{op} | {card} | torch {torch.__version__} | triton {version('triton')} | {source.hexdigest()[:16]}"
+
+
+def _cache_file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "simla_kernels" / "self_check.json"
+
+
+def _read(path: Path) -> dict[str, str | None]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}  # cut off while it was written: check again
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, verdicts: dict[str, str | None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(f".{os.getpid()}")  # ranks may write at once: each renames a whole file
+    whole.write_text(json.dumps(verdicts, indent=1) + "\n", encoding="utf-8")
+    whole.replace(path)
