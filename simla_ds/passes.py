@@ -7,7 +7,8 @@ up to rounding (dropout draws other masks) and saves
 - padding: text is packed (model.rows).
 - last layers: only the rows that a loss reads are computed there; keys and values stay complete.
 
-Nothing here waits for the device: shapes follow from what the loader counted.
+Nothing here waits for the device: shapes follow from what the loader counted. Left alone: without dropout the first
+layer's self-attention is the same for text alone and for ITM's rows, which is 0.15 % of the paper's step.
 """
 
 from __future__ import annotations

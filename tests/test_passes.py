@@ -55,7 +55,6 @@ def configure(
 def run(config: Config, batch: Batch, **named: Any) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     """Return every loss and every gradient of one step."""
     task = make_task(config)
-    task.model.set_activation_checkpointing(config.train.activation_checkpointing)
     result = task(batch, alpha=0.4, **named)
     result["loss"].backward()
     return {"total": result["loss"].detach(), **result["losses"]}, {n: p.grad for n, p in task.named_parameters()}
@@ -145,11 +144,11 @@ def test_fast_equals_plain_at_steps_with_and_without_xmm(step: int):
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-7)
 
 
-def test_merged_blocks_recompute_their_activations_and_change_no_number():
+def test_merged_passes_recompute_their_activations_and_change_no_number():
     results, sizes = [], []
     for on in (False, True):
-        config = configure("fast")
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, activation_checkpointing=on))
+        task = make_task(configure("fast"))
+        task.model.set_activation_checkpointing(on)
         saved: list[int] = []
 
         def keep(t: Tensor, saved: list[int] = saved) -> Tensor:
@@ -157,12 +156,13 @@ def test_merged_blocks_recompute_their_activations_and_change_no_number():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            results.append(run(config, make_batch(LENGTHS)))
+            result = task(make_batch(LENGTHS), alpha=0.4)
+        result["loss"].backward()
+        results.append((result["losses"], {n: p.grad for n, p in task.named_parameters()}))
         sizes.append(sum(saved))
-    for plain, recomputed in zip(*results, strict=True):
-        torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=1e-7)
-    assert results[0][0].keys() == {"total", *NAMES}
-    assert sizes[0] > 0
+    for whole, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, whole, rtol=1e-6, atol=1e-7)
+    assert sizes[1] < 0.35 * sizes[0]  # 0.12 measured; 0.76 with the image encoder's blocks alone
 
 
 # --- with dropout ---------------------------------------------------------------------------------------------------
