@@ -42,6 +42,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         arguments.reference,
         loss_tolerance=arguments.loss_tolerance,
         tolerance=arguments.tolerance,
+        passes=arguments.passes,
         json_out=arguments.json,
     )
     return DONE if agrees else FAILED
@@ -130,6 +131,7 @@ def _add_verify(commands) -> None:
         metavar="X",
         help="largest error of a tensor over its largest magnitude",
     )
+    verify.add_argument("--passes", choices=("fast", "plain"), default="fast", help="how the step is computed")
 
 
 def _add_demo(commands) -> None:

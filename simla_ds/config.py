@@ -399,6 +399,9 @@ class TrainConfig:
     """Training dtype. auto: bf16 where it is fast, fp16 on cards without it, fp32 on CPUs without bf16 units."""
     seed: int = 0
     """Every random draw follows from it."""
+    passes: Literal["fast", "plain"] = "fast"
+    """How the step is computed, with the same result up to rounding. fast: requests merged into one pass per direction
+    and network, no padding, last layers only where a loss reads them. plain: each request as a pass of its own."""
     activation_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     log_every: int = 10

@@ -1,7 +1,7 @@
 """One pretraining step: features, requests, passes, losses, their weighted sum.
 
 PretrainTask is the one module that the DeepSpeed engine wraps, called once per micro-batch. Objectives ask for passes
-and the task runs them, each as a pass of its own: the oracle that merged passes are held against.
+and the task has them run (see passes.py for how).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from simla_ds.model.simla import Simla
 from simla_ds.objectives import OBJECTIVES, FeatureQueue, Objective
 from simla_ds.objectives.base import Networks
 from simla_ds.objectives.itc import similarities
+from simla_ds.passes import PASSES
 from simla_ds.teacher import Teacher
-from simla_ds.types import Batch, Outputs, Read, Request, StepFeatures
+from simla_ds.types import Batch, Outputs, Request, StepFeatures
 
 
 class PretrainTask(nn.Module):
@@ -29,6 +30,7 @@ class PretrainTask(nn.Module):
         self.model = model
         self.config = config
         self.queue = queue
+        self.passes = PASSES[config.train.passes]()
         self._teacher = [teacher]  # in a list, so that it is not registered as a submodule
         networks = Networks(model, teacher.module)
         self.objectives: dict[str, Objective] = {
@@ -78,12 +80,13 @@ class PretrainTask(nn.Module):
 
     def features(self, batch: Batch, *, masked: bool = True) -> StepFeatures:
         """Run what comes before any cross-modal pass, by student and teacher, and compare the two."""
-        patch_mask = batch["patch_mask"] if masked else None
-        inputs = (batch["image"], batch["input_ids"], batch["text_mask"])
-        student = self.model.features(*inputs, patch_mask)
+        xmm = self.config.objectives.xmm
+        encoded = masked and xmm.text_keys == "encoded"
+        student = self.passes.features(self.model, batch, masked=masked, every_text_token=encoded)
         with torch.no_grad():
-            distills = masked and self.config.objectives.xmm.distill
-            teacher = self.teacher.module.features(*inputs, patch_mask if distills else None)
+            teacher = self.passes.features(
+                self.teacher.module, batch, masked=masked and xmm.distill, every_text_token=False
+            )
         return StepFeatures(
             student=student,
             teacher=teacher,
@@ -94,17 +97,22 @@ class PretrainTask(nn.Module):
 
     def outputs(self, batch: Batch, features: StepFeatures, objectives: dict[str, Objective]) -> dict[str, Outputs]:
         """Collect every objective's requests and run them."""
-        requests = {name: objective.requests(batch, features) for name, objective in objectives.items()}
-        return {name: Outputs(self.run(asked)) for name, asked in requests.items()}
+        asked = [(name, request) for name, o in objectives.items() for request in o.requests(batch, features)]
+        results: dict[str, list[Tensor]] = {name: [] for name in objectives}
+        done = self.run([request for _, request in asked])
+        for (name, _), result in zip(asked, done, strict=True):
+            results[name].append(result)
+        return {name: Outputs(parts) for name, parts in results.items()}
 
     def run(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Run each request as a pass of its own, in order."""
-        results = []
-        for request in requests:
-            network = self.model if request.by == "student" else self.teacher.module
-            with torch.set_grad_enabled(torch.is_grad_enabled() and request.by == "student"):
-                results.append(_run_pass(network, request))
-        return results
+        """Run the teacher's requests, then the student's; return what each reads, in the order they came in."""
+        results = {}
+        for by, network in (("teacher", self.teacher.module), ("student", self.model)):
+            numbers = [number for number, request in enumerate(requests) if request.by == by]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and by == "student"):
+                done = self.passes.run(network, [requests[number] for number in numbers])
+            results.update(zip(numbers, done, strict=True))
+        return [results[number] for number in range(len(requests))]
 
     def _weight(self, name: str) -> float:
         return getattr(self.config.objectives, name).weight
@@ -121,36 +129,6 @@ class PretrainTask(nn.Module):
             "text_feature_spread": _spread(student.text_feature),
             "teacher_student_cosine": (student.image_feature * teacher.image_feature).sum(-1).mean(),
         }
-
-
-def _run_pass(network: Simla, request: Request) -> Tensor:
-    """Run one request by one network and return what it reads."""
-    if request.direction == "image_over_text":
-        if request.text_keys is None:
-            raise ValueError("an image_over_text request needs text_keys")
-        hidden = network.image_over_text(request.image_tokens, request.text_keys, request.text_mask)
-        cls_row, rows = None, hidden[:, 1:]  # Request.rows counts patches, not [CLS]
-    else:
-        if request.input_ids is None:
-            raise ValueError("a text_over_image request needs input_ids")
-        wanted = request.read is Read.CLS_ATTENTION
-        hidden, cls_row = network.text_over_image(
-            request.input_ids, request.text_mask, request.image_tokens, request.image_index, cls_attention=wanted
-        )
-        rows = hidden
-    return _read(request, hidden, rows, cls_row)
-
-
-def _read(request: Request, hidden: Tensor, rows: Tensor, cls_row: Tensor | None) -> Tensor:
-    if request.read is Read.CLS:
-        return hidden[:, 0]
-    if request.read is Read.ALL:
-        return hidden
-    if request.read is Read.ROWS and request.rows is not None:
-        return rows.flatten(0, 1).index_select(0, request.rows)
-    if cls_row is None:
-        raise ValueError(f"nothing to read for {request.read}")
-    return cls_row
 
 
 def _spread(features: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ class Batch(TypedDict):
     """(B, L) int64 token ids, [CLS] first, padded to the longest caption of the batch."""
     text_mask: Tensor
     """(B, L) bool, True at real tokens."""
+    token_index: Tensor
+    """(T,) int64 flat positions in (B * L) of the T real tokens, ascending."""
     lengths: Tensor
     """(B,) int64 real tokens per caption."""
     word_index: Tensor
@@ -71,9 +73,9 @@ class Features:
     masked_image_tokens: Tensor | None
     """(B, N, D) the picture with patch_mask hidden; None when no objective needs it."""
     text_embeddings: Tensor
-    """(B, L, D) output of the embedding layer for the unmasked caption."""
+    """(B, L, D) output of the embedding layer for the unmasked caption; what stands in the padding is of no account."""
     text_tokens: Tensor
-    """(B, L, D) the text-only pass."""
+    """(B, L, D) the text-only pass, likewise; (B, 1, D), [CLS] alone, where passes are fast and nobody reads more."""
     image_feature: Tensor
     """(B, E) float32 unit vectors."""
     text_feature: Tensor
@@ -122,7 +124,7 @@ class Read(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One cross-modal pass that an objective asks for: R rows of text over images, or R images over text."""
+    """What an objective wants of a cross-modal pass: R rows of text over images, or R images over text."""
 
     direction: Literal["text_over_image", "image_over_text"]
     by: Literal["student", "teacher"]
@@ -137,8 +139,12 @@ class Request:
     """(R, L, D) image_over_text: what the cross-attention reads of the caption."""
     text_mask: Tensor
     """(R, L) bool, True at real tokens."""
+    token_index: Tensor | None = None
+    """(T,) int64 flat positions in (R * L), ascending: the slots worth computing, all real tokens among them. None:
+    all slots, where padding is read too or where the number of real tokens is known to the device only."""
     rows: Tensor | None = None
-    """(M,) int64 flat positions for Read.ROWS: in (R * L) for text, in (R * P) for patches ([CLS] not counted)."""
+    """(M,) int64 flat positions for Read.ROWS, ascending: in (R * L) for text, in (R * P) for patches ([CLS] not
+    counted)."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -65,7 +65,12 @@ class Comparison:
 
 
 def verify_reference(
-    folder: Path, *, loss_tolerance: float = 1e-5, tolerance: float = 1e-4, json_out: Path | None = None
+    folder: Path,
+    *,
+    loss_tolerance: float = 1e-5,
+    tolerance: float = 1e-4,
+    passes: Literal["fast", "plain"] = "fast",
+    json_out: Path | None = None,
 ) -> bool:
     """Compare every run of a recording, print a table, and return whether all of it is within tolerance.
 
@@ -73,6 +78,7 @@ def verify_reference(
         folder: the recording.
         loss_tolerance: largest relative error of a loss.
         tolerance: largest error of a tensor, relative to its largest magnitude.
+        passes: how the step is computed (train.passes).
         json_out: where to write the comparisons, if anywhere.
 
     Raises:
@@ -81,7 +87,7 @@ def verify_reference(
     description = _read_description(folder)
     rows: list[tuple[str, Comparison]] = []
     for file, run in description["runs"].items():
-        step = RecordedStep(folder, description, alpha=float(run["alpha"]))
+        step = RecordedStep(folder, description, alpha=float(run["alpha"]), passes=passes)
         expected = load_file(folder / file)
         rows += [(file, c) for c in step.compare(expected, loss_tolerance, tolerance)]
     _print_table(rows)
@@ -108,7 +114,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def recorded_config(description: dict[str, Any]) -> Config:
+def recorded_config(description: dict[str, Any], passes: Literal["fast", "plain"] = "fast") -> Config:
     """Build the training configuration that a recording's config.json describes.
 
     Not its temperature: that comes with the weights, and may lie outside the bounds that the step clamps it to.
@@ -145,16 +151,16 @@ def recorded_config(description: dict[str, Any]) -> Config:
         model=model,
         objectives=objectives,
         teacher=TeacherConfig(momentum=description.get("momentum", sizes["momentum"])),
-        train=TrainConfig(batch_size=description["batch"]),
+        train=TrainConfig(batch_size=description["batch"], passes=passes),
     )
 
 
 class RecordedStep:
     """A recorded step, run once: everything that expected tensors are compared with."""
 
-    def __init__(self, folder: Path, description: dict[str, Any], alpha: float):
+    def __init__(self, folder: Path, description: dict[str, Any], alpha: float, passes: Literal["fast", "plain"]):
         self.description = description
-        self.config = recorded_config(description)
+        self.config = recorded_config(description, passes)
         self.model, self.teacher = load_recorded_networks(
             load_file(folder / "weights.safetensors"), self.config, dropout=self.config.teacher_dropout
         )
@@ -253,6 +259,7 @@ def recorded_batch(inputs: dict[str, Tensor]) -> Batch:
         image=inputs["image"],
         input_ids=ids,
         text_mask=mask,
+        token_index=mask.flatten().nonzero().flatten(),
         lengths=mask.sum(1),
         word_index=torch.arange(ids.shape[1]).expand_as(ids),
         mlm_input_ids=inputs["mlm_input_ids"],

@@ -19,7 +19,7 @@ PURE = {"simla_ds.config", "simla_ds.types"}
 START = {"simla_ds.parsing", "simla_ds.threads"}  # what a programme does first, before torch is imported
 MODEL = PURE | {"simla_ds.model", "simla_kernels"}
 TASK = MODEL | {"simla_ds.objectives", "simla_ds.teacher"}
-LIBRARY = TASK | {"simla_ds.data", "simla_ds.task", "simla_ds.hub", "simla_ds.downstream"}
+LIBRARY = TASK | {"simla_ds.data", "simla_ds.passes", "simla_ds.task", "simla_ds.hub", "simla_ds.downstream"}
 TOOLS = {"simla_ds.visualize", "simla_ds.report", "simla_ds.planner"}
 PROGRAMMES = LIBRARY | TOOLS | START | {f"simla_ds.{name}" for name in ("engine", "evaluation", "verify", "demo")}
 
@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "simla_ds.objectives": MODEL,
     "simla_ds.teacher": MODEL,
     "simla_ds.data": PURE,
-    "simla_ds.task": TASK,
+    "simla_ds.passes": MODEL,
+    "simla_ds.task": TASK | {"simla_ds.passes"},
     "simla_ds.hub": PURE | {"simla_ds.model", "simla_ds.data"},
     "simla_ds.downstream": TASK | {"simla_ds.data", "simla_ds.hub", "simla_ds.engine.distributed"},
     "simla_ds.verify": LIBRARY,

@@ -44,7 +44,7 @@ def test_prepare_scenes_defaults(library):
 def test_verify_ends_with_0_only_within_tolerance(library, agrees, status):
     library.result = agrees
     assert main(["verify", "--reference", "r", "--json", "o.json", "--loss-tolerance", "1e-6"]) == status
-    expected = {"loss_tolerance": 1e-6, "tolerance": 1e-4, "json_out": Path("o.json")}
+    expected = {"loss_tolerance": 1e-6, "tolerance": 1e-4, "passes": "fast", "json_out": Path("o.json")}
     assert library.calls == [((Path("r"),), expected)]
 
 

@@ -21,6 +21,7 @@ from simla_ds.objectives.feature_queue import FeatureQueue
 from simla_ds.objectives.mlm import MaskedLanguageModelling
 from simla_ds.objectives.psl import PseudoLabelledKeywords
 from simla_ds.objectives.xmm import CrossModalReconstruction
+from simla_ds.passes import FastPasses
 from simla_ds.task import PretrainTask
 from simla_ds.teacher import Teacher
 from simla_ds.verify import verify_reference
@@ -29,16 +30,18 @@ from tests import reference_step
 Patch = pytest.MonkeyPatch
 
 
-def compare(folder: Path, tmp_path: Path) -> tuple[bool, dict[str, dict[str, Any]]]:
+def compare(folder: Path, tmp_path: Path, **options: Any) -> tuple[bool, dict[str, dict[str, Any]]]:
     """Verify a recording; return the verdict and each comparison by tensor name (of the last run)."""
     out = tmp_path / "comparison.json"
-    verdict = verify_reference(folder, json_out=out)
+    verdict = verify_reference(folder, json_out=out, **options)
     return verdict, {row["name"]: row for row in json.loads(out.read_text())}
 
 
-def test_the_recorded_step_verifies(recorded_step: Path, tmp_path: Path):
-    verdict, rows = compare(recorded_step, tmp_path)
+@pytest.mark.parametrize("passes", ["fast", "plain"])
+def test_the_recorded_step_verifies(passes: str, recorded_step: Path, tmp_path: Path):
+    verdict, rows = compare(recorded_step, tmp_path, passes=passes)
     assert verdict
+    assert len(rows) == 68
     recorded = [n for n in load_file(recorded_step / "expected.safetensors") if not n.startswith("loss64.")]
     assert sorted(rows) == sorted(recorded)
     assert {row["limit"] for name, row in rows.items() if name.startswith("loss.")} == {1e-5}
@@ -92,6 +95,8 @@ def teacher_xmm_uses_the_teachers_embeddings(patch: Patch) -> None:
 
 
 def xmm_attends_to_encoded_text(patch: Patch) -> None:
+    features = FastPasses.features
+    patch.setattr(FastPasses, "features", lambda *a, **named: features(*a, **{**named, "every_text_token": True}))
     replace_requests(
         patch, CrossModalReconstruction, lambda self, r, batch, f: {"text_keys": getattr(f, r.by).text_tokens}
     )
@@ -99,7 +104,9 @@ def xmm_attends_to_encoded_text(patch: Patch) -> None:
 
 def xmm_ignores_caption_padding(patch: Patch) -> None:
     replace_requests(
-        patch, CrossModalReconstruction, lambda self, r, batch, f: {"text_mask": torch.ones_like(r.text_mask)}
+        patch,
+        CrossModalReconstruction,
+        lambda self, r, batch, f: {"text_mask": torch.ones_like(r.text_mask), "token_index": None},
     )
 
 
@@ -110,8 +117,10 @@ def no_text_positions_on_the_image_stream(patch: Patch) -> None:
 def no_layer_norm_on_the_image_stream(patch: Patch) -> None:
     original = Embeddings.forward
 
-    def forward(self: Any, rows: Tensor) -> Tensor:
-        return rows + self._image_positions(rows.shape[1]) if rows.is_floating_point() else original(self, rows)
+    def forward(self: Any, rows: Tensor, *positions: Tensor) -> Tensor:
+        if rows.is_floating_point():
+            return rows + self._image_positions(rows.shape[1])
+        return original(self, rows, *positions)
 
     patch.setattr(Embeddings, "forward", forward)
 

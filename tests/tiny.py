@@ -103,6 +103,7 @@ def make_batch(lengths: list[int], *, pad_to: int = 0, seed: int = 0) -> Batch:
             image=image,
             input_ids=ids,
             text_mask=mask,
+            token_index=torch.empty(0),
             lengths=rows,
             word_index=words,
             mlm_input_ids=ids.masked_fill(chosen, 4),
@@ -127,6 +128,7 @@ def with_masks(batch: Batch, chosen: Tensor, patch_mask: Tensor) -> Batch:
     label_index, masked_index = chosen.flatten().nonzero()[:, 0], patch_mask.flatten().nonzero()[:, 0]
     return {
         **batch,
+        "token_index": batch["text_mask"].flatten().nonzero()[:, 0],
         "mlm_input_ids": batch["input_ids"].masked_fill(chosen, 4),
         "label_index": label_index,
         "labels": batch["input_ids"].flatten()[label_index],

@@ -126,6 +126,7 @@ def collate(pairs: list[Pair], vocabulary: VocabularyConfig, pad_to: int = 0) ->
         "image": normalise(torch.stack([pair.image for pair in pairs if pair.image is not None])),
         "input_ids": input_ids,
         "text_mask": text_mask,
+        "token_index": text_mask.view(-1).nonzero()[:, 0],
         "lengths": lengths,
         "word_index": _padded([pair.word_index for pair in pairs], text_mask, -1),
         "mlm_input_ids": _padded([pair.mlm_input_ids for pair in pairs], text_mask, vocabulary.pad),

@@ -83,11 +83,12 @@ class Watch:
         """
         student = self._plain_student()
         task = PretrainTask(student, self.task.teacher, self.task.queue, self.config)
-        fused: list[Tensor] = []
+        fused: list[tuple[Tensor, Tensor]] = []
 
         def keep(_module: Any, arguments: tuple[Any, ...]) -> None:
-            if arguments[2] is not None and arguments[0].requires_grad:  # (x, mask, context, ...)
-                fused.append(arguments[0])
+            x, rows, context, *_ = arguments
+            if context is not None and x.requires_grad:
+                fused.append((x, rows.first(x.device)))
 
         hook = student.stream.layers[-1].register_forward_pre_hook(keep)
         devices = [self.device] if self.device.type == "cuda" else []
@@ -100,17 +101,23 @@ class Watch:
             hook.remove()
         shares: dict[str, float] = {}
         images = [t for t in (features.student.image_tokens, features.student.masked_image_tokens) if t is not None]
-        for place, tensors in (("image_cls", images), ("fused_cls", fused)):
-            norms = {name: self._norm(name, loss, tensors) for name, loss in losses.items()}
+        firsts = [(t, torch.arange(len(t), device=t.device) * t.shape[1]) for t in images]
+        for place, read in (("image_cls", firsts), ("fused_cls", fused)):
+            norms = {name: self._norm(name, loss, read) for name, loss in losses.items()}
             total = sum(norms.values()) or 1.0
             shares.update({f"gradient_share/{place}/{name}": norm / total for name, norm in norms.items()})
         return shares
 
-    def _norm(self, name: str, loss: Tensor, tensors: list[Tensor]) -> float:
-        """Norm of a weighted loss's gradient at the first rows of tensors."""
+    def _norm(self, name: str, loss: Tensor, read: list[tuple[Tensor, Tensor]]) -> float:
+        """Norm of a weighted loss's gradient at some tokens, given as (..., D) tensors and flat positions in them."""
         weight = getattr(self.config.objectives, name).weight
+        tensors = [tensor for tensor, _ in read]
         gradients = torch.autograd.grad(loss * weight, tensors, retain_graph=True, allow_unused=True)
-        squares = [g[:, 0].float().square().sum() for g in gradients if g is not None]
+        squares = [
+            g.flatten(0, -2).index_select(0, places).float().square().sum()
+            for g, (_, places) in zip(gradients, read, strict=True)
+            if g is not None
+        ]
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
     def _plain_student(self) -> Simla:

@@ -62,10 +62,16 @@ class Simla(nn.Module):
         masked = None if patch_mask is None else self.image_encoder(image, patch_mask)
         embeddings = self.stream.embeddings(input_ids)
         text_tokens, _ = self.stream(embeddings, text_mask)
+        return self.project(image_tokens, masked, embeddings, text_tokens)
+
+    def project(
+        self, image_tokens: Tensor, masked_image_tokens: Tensor | None, text_embeddings: Tensor, text_tokens: Tensor
+    ) -> Features:
+        """Add the projected [CLS] rows to what the encoders made of a batch; shapes as in Features."""
         return Features(
             image_tokens=image_tokens,
-            masked_image_tokens=masked,
-            text_embeddings=embeddings,
+            masked_image_tokens=masked_image_tokens,
+            text_embeddings=text_embeddings,
             text_tokens=text_tokens,
             image_feature=self.image_feature(image_tokens),
             text_feature=self.text_feature(text_tokens),

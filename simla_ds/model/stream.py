@@ -1,10 +1,13 @@
 """The single stream: one post-LN BERT that reads text alone, text over image and image over text (SIMLA section 3.1).
 
-R rows, L tokens, D width. With `shared` every layer has cross-attention and serves all three; otherwise (ALBEF) the
-first text_layers read text alone and fusion_layers with cross-attention follow.
+R rows, L tokens, D width; T tokens of packed rows. With `shared` every layer has cross-attention and serves all three;
+otherwise (ALBEF) the first text_layers read text alone and fusion_layers with cross-attention follow.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simla_ds.config import StreamConfig, VocabularyConfig
 from simla_ds.model.layer_norm import layer_norm
-from simla_kernels import cross_attention
+from simla_ds.model.rows import Rows, attend, first_attention
 
 LAYER_NORM_EPS = 1e-12
 
@@ -30,12 +33,16 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.trained_patches = trained_patches
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Embed (R, L) int64 word ids, or (R, N, D) image rows, which get text positions. Returns (R, L or N, D)."""
+    def forward(self, rows: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Embed (R, L) int64 word ids, or (R, N, D) image rows, which get text positions. Returns (R, L or N, D).
+
+        Packed word ids (T,) come with their positions (T,) and give (T, D).
+        """
         if rows.is_floating_point():
             x = rows + self._image_positions(rows.shape[1])
         else:
-            x = self.word(rows) + self.position(torch.arange(rows.shape[1], device=rows.device))
+            positions = torch.arange(rows.shape[1], device=rows.device) if positions is None else positions
+            x = self.word(rows) + self.position(positions)
         if self.token_type is not None:
             x = x + self.token_type(torch.zeros(1, dtype=torch.long, device=rows.device))
         return self.dropout(self.norm(x))
@@ -54,7 +61,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with residual and LayerNorm; self-attention when no context is given."""
+    """Multi-head attention of packed rows, with residual and LayerNorm."""
 
     def __init__(self, config: StreamConfig):
         super().__init__()
@@ -66,29 +73,22 @@ class Attention(nn.Module):
         self.norm = layer_norm(config.width, LAYER_NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        context: Tensor | None = None,
-        context_index: Tensor | None = None,
-        cls_attention: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the new rows (R, L, D) and, when asked for, the first row's attention (R, H, keys).
+    def forward(self, x: Tensor, source: Tensor, queries: Rows, keys: Rows, key_row: Tensor | None = None) -> Tensor:
+        """Return the new tokens (Tq, D) of x (Tq, D), which stand in `queries` and read source (Tk, D) in `keys`.
 
-        mask is (rows of the keys, keys) bool, True at visible keys. context is (S, N, D); row r of x reads context
-        row context_index[r], whose keys and values are projected once however many rows read them.
+        Row r reads row key_row[r], or r; a row of the source is projected once however many rows read it.
         """
-        source = x if context is None else context
         q, k, v = (self._split(layer(t)) for layer, t in ((self.query, x), (self.key, source), (self.value, source)))
-        dropout_p = self.dropout.p if self.training else 0.0
-        out = cross_attention(q, k, v, mask, context_index, dropout_p, return_cls_row=cls_attention)
-        out, cls_row = out if isinstance(out, tuple) else (out, None)
-        out = self.output(out.transpose(1, 2).flatten(2))
-        return self.norm(x + self.dropout(out)), cls_row
+        out = attend(q, k, v, queries, keys, key_row, self.dropout.p if self.training else 0.0)
+        return self.norm(x + self.dropout(self.output(out.flatten(1))))
+
+    def of_first(self, x: Tensor, rows: Rows) -> Tensor:
+        """Return the self-attention of each row's first token, undropped, (R, H, L) float32; x is (T, D)."""
+        first = x.index_select(0, rows.first(x.device))
+        return first_attention(self._split(self.query(first)), self._split(self.key(x)), rows)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, -1))
 
 
 class FeedForward(nn.Module):
@@ -102,7 +102,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(R, L, D) to (R, L, D)."""
+        """(..., D) to (..., D)."""
         return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 
@@ -118,21 +118,39 @@ class StreamLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None,
+        rows: Rows,
         context: Tensor | None,
-        context_mask: Tensor | None,
+        context_rows: Rows | None,
         context_index: Tensor | None,
-        cls_attention: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the new rows (R, L, D) and, when asked for, the first row's self-attention (R, H, L) fp32."""
-        x, cls_row = self.self_attention(x, mask, cls_attention=cls_attention)
-        if context is not None and self.cross_attention is not None:
-            x, _ = self.cross_attention(x, context_mask, context, context_index)
-        return self.feed_forward(x), cls_row
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """Return the new tokens (T, D), or only those at the slots `read` (Q,): (Q, D).
+
+        Tensors with gradients are arguments of their own: ZeRO-3's hooks find those, and none inside a dataclass.
+        """
+        asking, queries = (x, rows) if read is None else (x.index_select(0, read), rows.take(read))
+        asking = self.self_attention(asking, x, queries, rows)
+        if context is not None and context_rows is not None and self.cross_attention is not None:
+            asking = self.cross_attention(asking, context, queries, context_rows, context_index)
+        return self.feed_forward(asking)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the cross-attention reads."""
+
+    tokens: Tensor
+    """(T, D) packed as `rows` says."""
+    rows: Rows
+    index: Tensor | None = None
+    """(R,) int64 which of these rows each row of the stream reads; None: row r reads row r."""
 
 
 class Stream(nn.Module):
-    """Embeddings and layers. `forward` runs embedded rows; callers embed first (see Embeddings)."""
+    """Embeddings and layers; callers embed first (see Embeddings).
+
+    `forward` runs padded rows. `body` and `last` run packed ones (see Rows), the last layer only where it is read.
+    """
 
     def __init__(self, config: StreamConfig, vocabulary: VocabularyConfig, trained_patches: int):
         super().__init__()
@@ -166,16 +184,40 @@ class Stream(nn.Module):
         Returns:
             (R, L, D) rows of the last layer, and (R, H, L) fp32 attention or None.
         """
-        depth = len(self.layers) if context is not None else self.text_depth
-        cls_row = None
-        for i, layer in enumerate(self.layers[:depth]):
-            wanted = cls_attention and i == depth - 1
-            arguments = (x, mask, context, context_mask, context_index, wanted)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, cls_row = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                x, cls_row = layer(*arguments)
-        return x, cls_row
+        rows, read = Rows.dense(x, mask), None
+        if context is not None:
+            read = Context(context.flatten(0, 1), Rows.dense(context, context_mask), context_index)
+        hidden = self.body(x.flatten(0, 1), rows, read)
+        attention = self.last_attention(hidden, rows, fused=read is not None) if cls_attention else None
+        return rows.pad(self.last(hidden, rows, read)), attention
+
+    def body(self, x: Tensor, rows: Rows, context: Context | None = None) -> Tensor:
+        """Run packed tokens (T, D) through all layers but the last: those of text alone, or all with a context."""
+        for layer in self._layers(context is not None)[:-1]:
+            x = self._run(layer, x, rows, context)
+        return x
+
+    def last(self, x: Tensor, rows: Rows, context: Context | None = None, read: Tensor | None = None) -> Tensor:
+        """Run the last layer on what `body` returned; only the slots `read` (Q,), ascending, are computed: (Q, D).
+
+        Every token still serves as key and value. None reads all: (T, D).
+        """
+        return self._run(self._layers(context is not None)[-1], x, rows, context, read)
+
+    def last_attention(self, x: Tensor, rows: Rows, *, fused: bool = True) -> Tensor:
+        """Return the last layer's self-attention of each first token to what `body` returned, (R, H, L) float32."""
+        return self._layers(fused)[-1].self_attention.of_first(x, rows)
+
+    def _layers(self, fused: bool) -> list[StreamLayer]:
+        return cast("list[StreamLayer]", list(self.layers)[: None if fused else self.text_depth])
+
+    def _run(
+        self, layer: StreamLayer, x: Tensor, rows: Rows, context: Context | None, read: Tensor | None = None
+    ) -> Tensor:
+        of_context = (None, None, None) if context is None else (context.tokens, context.rows, context.index)
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, x, rows, *of_context, read, use_reentrant=False)
+        return layer(x, rows, *of_context, read)
 
 
 def init_linear(module: nn.Module, width: int) -> None:

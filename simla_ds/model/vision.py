@@ -35,20 +35,22 @@ class ImageEncoder(VisionTransformer):
         self.activation_checkpointing = False
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  timm's takes an attention mask, ours hides patches
-        self, image: Tensor, patch_mask: Tensor | None = None
+        self, image: Tensor, patch_mask: Tensor | None = None, *, keep_clean: bool = False
     ) -> Tensor:
         """Encode pictures.
 
         Args:
             image: (B, 3, S, S) normalised, any S that is a multiple of the patch size.
             patch_mask: (B, P) bool, True at patches to hide behind the mask token.
+            keep_clean: also encode the pictures with nothing hidden, in the same pass, before the masked ones.
 
         Returns:
-            (B, P + 1, D) tokens, [CLS] first.
+            (B, P + 1, D) tokens, [CLS] first; (2B, P + 1, D) with keep_clean.
         """
         x = self.patch_embed(image.to(self.mask_token.dtype))  # (B, grid, grid, D)
         if patch_mask is not None:
-            x = torch.where(patch_mask.view(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
+            hidden = torch.where(patch_mask.view(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
+            x = torch.cat([x, hidden]) if keep_clean else hidden
         x = self.norm_pre(self._pos_embed(x))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():

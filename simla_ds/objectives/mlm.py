@@ -29,10 +29,14 @@ class MaskedLanguageModelling(Objective):
             "text_mask": batch["text_mask"],
             "rows": batch["label_index"],
         }
-        student_read = Read.ALL if self.official else Read.ROWS
+        tokens = batch["token_index"]
+        # official: its loss reads the padding as well
+        student = {"read": Read.ALL} if self.official else {"read": Read.ROWS, "token_index": tokens}
         return [
-            Request(by="teacher", read=Read.ROWS, image_tokens=features.teacher.image_tokens, **common),
-            Request(by="student", read=student_read, image_tokens=features.student.image_tokens, **common),
+            Request(
+                by="teacher", read=Read.ROWS, image_tokens=features.teacher.image_tokens, token_index=tokens, **common
+            ),
+            Request(by="student", image_tokens=features.student.image_tokens, **student, **common),
         ]
 
     def loss(self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float) -> Tensor:

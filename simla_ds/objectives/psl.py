@@ -26,6 +26,7 @@ class PseudoLabelledKeywords(Objective):
                 read=Read.CLS_ATTENTION,
                 input_ids=batch["input_ids"],
                 text_mask=batch["text_mask"],
+                token_index=batch["token_index"],
                 image_tokens=features.student.image_tokens.detach(),
             )
         ]

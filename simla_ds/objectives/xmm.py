@@ -30,6 +30,7 @@ class CrossModalReconstruction(Objective):
             "direction": "image_over_text",
             "read": Read.ROWS,
             "text_mask": batch["text_mask"],
+            "token_index": batch["token_index"],
             "rows": batch["masked_index"],
         }
         asked = [Request(by="student", image_tokens=student, text_keys=keys, **common)]

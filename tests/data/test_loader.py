@@ -389,6 +389,7 @@ def test_batches_hold_what_types_py_says(shards):
     assert torch.equal(batch["labels"], batch["input_ids"].view(-1)[batch["label_index"]])
     changed = (batch["mlm_input_ids"] != batch["input_ids"]).view(-1).nonzero()[:, 0]
     assert set(changed.tolist()) <= set(batch["label_index"].tolist())
+    assert torch.equal(batch["token_index"], batch["text_mask"].view(-1).nonzero()[:, 0])
     assert batch["label_index"].tolist() == sorted(batch["label_index"].tolist())
     assert torch.equal(batch["masked_index"], batch["patch_mask"].view(-1).nonzero()[:, 0])
     assert batch["patch_mask"].shape == (8, grid * grid)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simla_ds.config import StreamConfig
+from simla_ds.model.rows import Rows
 from simla_ds.model.simla import Simla
+from simla_ds.model.stream import Context
 from tests import reference_step
 from tests.tiny import ALBEF, STREAM, make_batch, model_config, spread_weights
 
@@ -133,6 +135,23 @@ def test_shared_layout_runs_every_layer_in_every_pass(model: Simla):
     rows = reference_step.embed(weights, "", vectors=image)
     reverse, _ = reference_step.stack(weights, "", rows, None, sizes, words, mask)
     torch.testing.assert_close(model.image_over_text(image, words, mask), reverse, **CLOSE)
+
+
+@pytest.mark.parametrize("stream", [STREAM, ALBEF], ids=["simla", "albef"])
+def test_packed_rows_equal_padded_ones_and_the_last_layer_computes_what_is_read(stream: StreamConfig):
+    model, lengths = make_model(stream), [7, 2, 5]
+    ids, mask, image = make_inputs(lengths, pad_to=9)
+    rows = Rows.of(mask, mask.flatten().nonzero()[:, 0])
+    wanted, attention = model.text_over_image(ids, mask, image, cls_attention=True)
+    context = Context(image.flatten(0, 1), Rows.dense(image))
+    x = model.stream.embeddings(rows.pack(ids), rows.positions(ids.device))
+    hidden = model.stream.body(x, rows, context)
+    torch.testing.assert_close(model.stream.last(hidden, rows, context), rows.pack(wanted), **CLOSE)
+    read = torch.tensor([0, 3, 8, 9, 13])  # two of the first row, one and three of the others
+    torch.testing.assert_close(model.stream.last(hidden, rows, context, read), rows.pack(wanted)[read], **CLOSE)
+    torch.testing.assert_close(model.stream.last_attention(hidden, rows), attention, atol=1e-6, rtol=0)
+    text = model.stream.last(model.stream.body(x, rows), rows)
+    torch.testing.assert_close(text, rows.pack(model.stream(model.stream.embeddings(ids), mask)[0]), **CLOSE)
 
 
 def bicubic_at(grid: Tensor, y: float, x: float, a: float = -0.75) -> Tensor:

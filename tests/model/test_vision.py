@@ -78,3 +78,24 @@ def test_a_mask_at_another_resolution_hides_the_patch_it_names(encoder: ImageEnc
     image, other = make_images(40), make_images(40)
     other[:, :, 8:16, 16:24] += 10
     torch.testing.assert_close(encoder(image, masked), encoder(other, masked), atol=1e-12, rtol=0)
+
+
+def test_clean_and_masked_pictures_in_one_pass_equal_two_passes(encoder: ImageEncoder):
+    """Values and the gradients of every parameter; the patch embedding is shared."""
+    image, masked = make_images(24), torch.rand(3, 9, generator=torch.Generator().manual_seed(1)) < 0.5
+    results = []
+    for together in (False, True):
+        encoder.zero_grad()
+        if together:
+            tokens = encoder(image, masked, keep_clean=True)
+        else:
+            tokens = torch.cat([encoder(image), encoder(image, masked)])
+        tokens.pow(3).sum().backward()
+        results.append(
+            (tokens.detach(), {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None})
+        )
+    (two, gradients), (one, merged) = results
+    torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
+    assert merged.keys() == gradients.keys() == dict(encoder.named_parameters()).keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(merged[name], gradient, atol=1e-9, rtol=1e-9, msg=name)

@@ -1,0 +1,30 @@
+"""Shares of the gradient, without an engine: what is measured doesn't depend on how passes are run."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from simla_ds.config import TrainConfig
+from simla_ds.engine.watch import Watch
+from tests.tiny import make_batch, make_task, run_config
+
+
+def shares(passes: str) -> dict[str, float]:
+    train = TrainConfig(batch_size=4, passes=passes)  # type: ignore[arg-type]
+    config = replace(run_config(), train=train)
+    engine: Any = SimpleNamespace(device="cpu", zero_optimization_stage=lambda: 0)
+    tokenizers: Any = SimpleNamespace(vocabulary_size=20)
+    source: Any = None
+    watch = Watch(config, engine, make_task(config), source, tokenizers, tokenizers)
+    return watch.gradient_shares(make_batch([7, 4, 6, 5]), alpha=0.4)
+
+
+def test_gradient_shares_are_the_same_in_merged_and_in_plain_passes():
+    fast, plain = shares("fast"), shares("plain")
+    assert fast == pytest.approx(plain, rel=1e-4)
+    for place, without in (("image_cls", ()), ("fused_cls", ("itc", "psl"))):
+        mine = {name.rsplit("/", 1)[1]: share for name, share in fast.items() if f"/{place}/" in name}
+        assert sum(mine.values()) == pytest.approx(1)
+        assert {name for name, share in mine.items() if share == 0} == set(without)
