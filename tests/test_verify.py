@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simla_ds import task as task_module
-from simla_ds.model.heads import LanguageHead
+from simla_ds.model.heads import HeadLoss, LanguageHead
 from simla_ds.model.simla import Simla
 from simla_ds.model.stream import Embeddings, FeedForward
 from simla_ds.objectives.feature_queue import FeatureQueue
 from simla_ds.objectives.mlm import MaskedLanguageModelling
 from simla_ds.objectives.psl import PseudoLabelledKeywords
+from simla_ds.objectives.soft_targets import distilled
 from simla_ds.objectives.xmm import CrossModalReconstruction
 from simla_ds.passes import FastPasses
 from simla_ds.task import PretrainTask
@@ -78,12 +79,11 @@ def replace_requests(patch: Patch, objective: type, change: Callable[..., dict[s
 
 
 def mlm_distillation_over_words(patch: Patch) -> None:
-    def loss(self: Any, batch: Any, hidden: Tensor, teacher_logits: Tensor, alpha: float) -> Tensor:
-        logits = self.networks.student.language_head(hidden).flatten(0, 1)[batch["label_index"]]
-        soft = -(teacher_logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
-        return (1 - alpha) * F.cross_entropy(logits, batch["labels"]) + alpha * soft
+    def over_words(self: Any, batch: Any, hidden: Tensor, alpha: float) -> HeadLoss:
+        sums = distilled(self.networks.teacher.language_head.decoder, hidden, batch["labels"], alpha)
+        return lambda rows, weight, bias: sums(rows.flatten(0, 1)[batch["label_index"]], weight, bias)
 
-    patch.setattr(MaskedLanguageModelling, "_official_loss", loss)
+    patch.setattr(MaskedLanguageModelling, "_over_positions", over_words)
 
 
 def teacher_xmm_uses_the_teachers_embeddings(patch: Patch) -> None:
@@ -185,13 +185,13 @@ def word_embeddings_without_padding_idx(patch: Patch) -> None:
 
 def tanh_gelu_in_bert(patch: Patch) -> None:
     def feed_forward(self: Any, x: Tensor) -> Tensor:
-        return self.norm(x + self.down(F.gelu(self.up(x), approximate="tanh")))
+        return self.norm(self.down(F.gelu(self.up(x), approximate="tanh")), x)
 
-    def head(self: Any, hidden: Tensor) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.transform(hidden), approximate="tanh")))
+    def transformed(self: Any, hidden: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.transform(hidden), approximate="tanh"))
 
     patch.setattr(FeedForward, "forward", feed_forward)
-    patch.setattr(LanguageHead, "forward", head)
+    patch.setattr(LanguageHead, "transformed", transformed)
 
 
 def psl_reads_the_teachers_image(patch: Patch) -> None:
@@ -207,14 +207,13 @@ def psl_votes_by_mean_attention(patch: Patch) -> None:
 
 
 def psl_removes_sep_and_pad(patch: Patch) -> None:
-    original = PseudoLabelledKeywords.targets
+    original = PseudoLabelledKeywords.keyword_ids
 
-    def targets(self: Any, batch: Any, attention: Tensor) -> Tensor:
-        hot = original(self, batch, attention)
-        hot[:, [self.vocabulary.pad, self.vocabulary.sep]] = 0
-        return hot
+    def keyword_ids(self: Any, batch: Any, attention: Tensor) -> Tensor:
+        found = original(self, batch, attention)
+        return found.masked_fill((found == self.vocabulary.pad) | (found == self.vocabulary.sep), -1)
 
-    patch.setattr(PseudoLabelledKeywords, "targets", targets)
+    patch.setattr(PseudoLabelledKeywords, "keyword_ids", keyword_ids)
 
 
 MUTATIONS: list[tuple[Callable[[Patch], None], str]] = [

@@ -46,7 +46,7 @@ CONFIGS: dict[tuple[str, str], LaunchConfig] = {
     ("layer_norm.backward", "wide"): LaunchConfig({"BLOCK_ROWS": 1}, num_warps=16),
     ("linear_soft_bce.row_loss", "any"): LaunchConfig({"BLOCK_V": 2048}, num_warps=8),
     ("linear_soft_ce.row_loss", "any"): LaunchConfig({"BLOCK_V": 2048}, num_warps=8),
-    ("contrastive_loss.attend", "half"): LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32}, num_warps=4),
+    ("contrastive_loss.attend", "half"): LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}, num_warps=4),
     ("contrastive_loss.attend", "fp32 few"): LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32}, num_warps=4),
     ("contrastive_loss.attend", "fp32 many"): LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=8),
 }

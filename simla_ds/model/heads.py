@@ -1,6 +1,8 @@
-"""What is read off the two encoders: words, the temperature. (Plain linear heads are nn.Linear in simla.py.)"""
+"""What is read off the two encoders: classes, words, the temperature."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,22 @@ from simla_ds.config import ModelConfig
 from simla_ds.model.layer_norm import layer_norm
 from simla_ds.model.stream import LAYER_NORM_EPS, init_linear
 
+HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden (N, D), weight (V, D), bias (V,)) -> loss."""
+
+
+class Classifier(nn.Linear):
+    """A linear head over many classes, whose loss can be had without its logits.
+
+    The loss runs inside `forward`: under ZeRO-3 the weight is whole only there.
+    """
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  nn.Linear's takes no loss
+        self, hidden: Tensor, loss: HeadLoss | None = None
+    ) -> Tensor:
+        """(..., D) hidden states to (..., V) logits, or to what `loss` makes of them and the weights."""
+        return super().forward(hidden) if loss is None else loss(hidden, self.weight, self.bias)
+
 
 class LanguageHead(nn.Module):
     """BERT's masked-word head; its decoder shares the word embeddings."""
@@ -18,14 +36,18 @@ class LanguageHead(nn.Module):
         super().__init__()
         self.transform = nn.Linear(width, width)
         self.norm = layer_norm(width, LAYER_NORM_EPS)
-        self.decoder = nn.Linear(width, word_embeddings.num_embeddings)
+        self.decoder = Classifier(width, word_embeddings.num_embeddings)
         self.decoder.weight = word_embeddings.weight
         init_linear(self.transform, width)
         nn.init.zeros_(self.decoder.bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) hidden states to (..., V) logits."""
-        return self.decoder(self.norm(F.gelu(self.transform(hidden))))
+    def forward(self, hidden: Tensor, loss: HeadLoss | None = None) -> Tensor:
+        """(..., D) hidden states to (..., V) logits, or to a loss (see Classifier)."""
+        return self.decoder(self.transformed(hidden), loss)
+
+    def transformed(self, hidden: Tensor) -> Tensor:
+        """(..., D) hidden states to what the decoder reads, (..., D)."""
+        return self.norm(F.gelu(self.transform(hidden)))
 
 
 class Temperature(nn.Module):

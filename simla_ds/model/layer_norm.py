@@ -1,10 +1,13 @@
-"""LayerNorm: NVIDIA Apex's fused one where it is installed, else torch's. Both hold `weight` and `bias`."""
+"""LayerNorm alone (NVIDIA Apex's where it is installed, else torch's) and as the tail of a post-LN block."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from simla_kernels import dropout_add_layer_norm
 
 
 def layer_norm(width: int, eps: float) -> nn.LayerNorm:
@@ -18,3 +21,18 @@ def layer_norm(width: int, eps: float) -> nn.LayerNorm:
     except ImportError:
         return nn.LayerNorm(width, eps=eps)
     return fused(width, eps=eps)
+
+
+class ResidualLayerNorm(nn.Module):
+    """LayerNorm(residual + dropout(x)): what follows attention and feed-forward in a post-LN block (BERT)."""
+
+    def __init__(self, width: int, eps: float, dropout: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps, self.dropout = eps, dropout
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(..., D) each, to (..., D)."""
+        dropout = self.dropout if self.training else 0.0
+        return dropout_add_layer_norm(x, residual, self.weight, self.bias, dropout, eps=self.eps)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simla_ds.config import ModelConfig
-from simla_ds.model.heads import LanguageHead, Temperature
+from simla_ds.model.heads import Classifier, LanguageHead, Temperature
 from simla_ds.model.stream import Stream
 from simla_ds.model.vision import ImageEncoder
 from simla_ds.types import Features
@@ -35,8 +35,8 @@ class Simla(nn.Module):
         self.text_projection = nn.Linear(width, projection)
         self.match_head = nn.Linear(width, 2)
         self.language_head = LanguageHead(width, self.stream.embeddings.word)
-        self.visual_head = nn.Linear(width, vocabulary.visual_size)
-        self.concept_head = nn.Linear(projection, vocabulary.size)
+        self.visual_head = Classifier(width, vocabulary.visual_size)
+        self.concept_head = Classifier(projection, vocabulary.size)
         # A caption has a handful of keywords among thousands of words: start at that rate, as focal loss does, or the
         # first thousands of steps go into pushing every bias down, and the teacher suggests every word meanwhile.
         nn.init.constant_(self.concept_head.bias, -math.log(vocabulary.size / EXPECTED_KEYWORDS))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simla_ds.config import StreamConfig, VocabularyConfig
-from simla_ds.model.layer_norm import layer_norm
+from simla_ds.model.layer_norm import ResidualLayerNorm, layer_norm
 from simla_ds.model.rows import Rows, attend, first_attention
 
 LAYER_NORM_EPS = 1e-12
@@ -70,8 +70,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.width, config.width)
         self.value = nn.Linear(config.width, config.width)
         self.output = nn.Linear(config.width, config.width)
-        self.norm = layer_norm(config.width, LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(config.dropout)
+        self.norm = ResidualLayerNorm(config.width, LAYER_NORM_EPS, config.dropout)
 
     def forward(self, x: Tensor, source: Tensor, queries: Rows, keys: Rows, key_row: Tensor | None = None) -> Tensor:
         """Return the new tokens (Tq, D) of x (Tq, D), which stand in `queries` and read source (Tk, D) in `keys`.
@@ -79,8 +78,8 @@ class Attention(nn.Module):
         Row r reads row key_row[r], or r; a row of the source is projected once however many rows read it.
         """
         q, k, v = (self._split(layer(t)) for layer, t in ((self.query, x), (self.key, source), (self.value, source)))
-        out = attend(q, k, v, queries, keys, key_row, self.dropout.p if self.training else 0.0)
-        return self.norm(x + self.dropout(self.output(out.flatten(1))))
+        out = attend(q, k, v, queries, keys, key_row, self.norm.dropout if self.training else 0.0)
+        return self.norm(self.output(out.flatten(1)), x)
 
     def of_first(self, x: Tensor, rows: Rows) -> Tensor:
         """Return the self-attention of each row's first token, undropped, (R, H, L) float32; x is (T, D)."""
@@ -98,12 +97,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.width, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.width)
-        self.norm = layer_norm(config.width, LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(config.dropout)
+        self.norm = ResidualLayerNorm(config.width, LAYER_NORM_EPS, config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return self.norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
+        return self.norm(self.down(F.gelu(self.up(x))), x)
 
 
 class StreamLayer(nn.Module):

@@ -6,12 +6,13 @@ B captions of L tokens, M labelled tokens, V words, D width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from simla_ds.model.heads import HeadLoss
 from simla_ds.objectives.base import Objective
-from simla_ds.objectives.soft_targets import per_target, soft_cross_entropy_rows
+from simla_ds.objectives.soft_targets import distilled, per_target
 from simla_ds.types import Batch, Outputs, Read, Request, StepFeatures
+from simla_kernels import linear_soft_ce_over_positions
 
 
 class MaskedLanguageModelling(Objective):
@@ -41,22 +42,24 @@ class MaskedLanguageModelling(Objective):
 
     def loss(self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float) -> Tensor:
         """Return the sum over labelled tokens divided by label_count."""
+        teacher = self.networks.teacher.language_head
         with torch.no_grad():
-            teacher_logits = self.networks.teacher.language_head(outputs[0])
+            hidden = teacher.transformed(outputs[0])
+        loss = distilled(teacher.decoder, hidden, batch["labels"], alpha)
         if self.official:
-            return self._official_loss(batch, outputs[1], teacher_logits, alpha)
-        logits = self.networks.student.language_head(outputs[1])
-        losses = soft_cross_entropy_rows(logits, batch["labels"], teacher_logits, alpha)
-        return per_target(losses.sum(), batch["label_count"])
+            loss = self._over_positions(batch, hidden, alpha)
+        return per_target(self.networks.student.language_head(outputs[1], loss), batch["label_count"])
 
-    def _official_loss(self, batch: Batch, hidden: Tensor, teacher_logits: Tensor, alpha: float) -> Tensor:
-        """As published: log-softmax over the L positions (dim 1) in the teacher's term."""
-        logits = self.networks.student.language_head(hidden).float()
-        rows = batch["label_index"]
-        hard = F.cross_entropy(logits.flatten(0, 1).index_select(0, rows), batch["labels"], reduction="sum")
-        over_positions = logits.log_softmax(1).flatten(0, 1).index_select(0, rows)
-        soft = -(teacher_logits.float().softmax(-1) * over_positions).sum()
-        return per_target((1 - alpha) * hard + alpha * soft, batch["label_count"])
+    def _over_positions(self, batch: Batch, hidden: Tensor, alpha: float) -> HeadLoss:
+        """As published: log-softmax over the L positions in the teacher's term."""
+        teacher = self.networks.teacher.language_head.decoder
+
+        def loss(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return linear_soft_ce_over_positions(
+                rows, weight, bias, hidden, teacher.weight, teacher.bias, batch["label_index"], batch["labels"], alpha
+            )
+
+        return loss
 
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Share of labelled tokens guessed right."""

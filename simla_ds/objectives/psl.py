@@ -7,11 +7,11 @@ for the positions that [CLS] attends to most, and the positions with most votes 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simla_ds.objectives.base import Objective
 from simla_ds.types import Batch, Outputs, Read, Request, StepFeatures
+from simla_kernels import linear_soft_bce
 
 
 class PseudoLabelledKeywords(Objective):
@@ -33,14 +33,13 @@ class PseudoLabelledKeywords(Objective):
 
     def loss(self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float) -> Tensor:
         """Return the mean over B x V (or the mean over B of the sum over V)."""
-        hard = self.targets(batch, outputs[0])
-        logits = self.networks.student.concept_head(self._input(features.student.image_feature)).float()
-        with torch.no_grad():
-            soft = self.networks.teacher.concept_head(self._input(features.teacher.image_feature)).float().sigmoid()
-        # BCE is linear in its target, so the two terms are one against the mixed target
-        target = (1 - alpha) * hard + alpha * soft
-        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return losses.mean() if self.config.psl.reduction == "mean" else losses.sum(-1).mean()
+        keywords, teacher = self.keyword_ids(batch, outputs[0]), self.networks.teacher.concept_head
+        of_teacher = (self._input(features.teacher.image_feature), teacher.weight, teacher.bias)
+
+        def loss(feature: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return linear_soft_bce(feature, weight, bias, *of_teacher, keywords, alpha, self.config.psl.reduction)
+
+        return self.networks.student.concept_head(self._input(features.student.image_feature), loss)
 
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Average precision of the concept head's ranking of the vocabulary against the keywords, per picture."""
@@ -50,20 +49,23 @@ class PseudoLabelledKeywords(Objective):
 
     def targets(self, batch: Batch, attention: Tensor) -> Tensor:
         """Return the keywords as a multi-hot (B, V) float32 from the teacher's attention (B, H, L)."""
+        found, words = self.keyword_ids(batch, attention), self.vocabulary.size
+        hot = torch.zeros(len(found), words + 1, device=found.device)
+        return hot.scatter_(1, torch.where(found < 0, words, found), 1.0)[:, :words]
+
+    def keyword_ids(self, batch: Batch, attention: Tensor) -> Tensor:
+        """Return the keywords' ids (B, k or L) int64, -1 for none, from the teacher's attention (B, H, L)."""
         ids = batch["input_ids"]
         positions, valid = self.keyword_positions(batch, attention)
-        hot = torch.zeros(ids.shape[0], self.vocabulary.size, device=ids.device)
         if self.config.psl.whole_words:
             word = batch["word_index"]
             picked = torch.where(valid, word.gather(1, positions), -2)
-            chosen = (word[:, :, None] == picked[:, None, :]).any(-1)
-            hot.scatter_add_(1, ids, chosen.float())
+            found = torch.where((word[:, :, None] == picked[:, None, :]).any(-1), ids, -1)
         else:
-            hot.scatter_add_(1, ids.gather(1, positions), valid.float())
-        hot = hot.clamp_(max=1.0)
-        if self.official:
-            hot[:, self.vocabulary.cls] = 0.0  # as published: only [CLS] is taken out, after it used up a place
-        return hot
+            found = torch.where(valid, ids.gather(1, positions), -1)
+        if self.official:  # as published: only [CLS] is taken out, after it used up a place
+            found = found.masked_fill(found == self.vocabulary.cls, -1)
+        return found
 
     def keyword_positions(self, batch: Batch, attention: Tensor) -> tuple[Tensor, Tensor]:
         """Return positions (B, k) int64 and which of them are keywords (B, k) bool; k = psl.keywords or L if fewer."""

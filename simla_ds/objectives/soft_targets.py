@@ -1,30 +1,26 @@
-"""Cross-entropy against a label and a teacher at once, in float32 (ALBEF section 3.3).
-
-N rows, V classes. (1 - alpha) CE(label) + alpha CE(softmax of the teacher) needs one log-sum-exp:
-lse(z) - (1 - alpha) z[label] - alpha <softmax(z_teacher), z>.
-"""
+"""What the distilled losses share: a student's head against labels and the teacher's head (ALBEF section 3.3)."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from simla_ds.model.heads import Classifier, HeadLoss
+from simla_kernels import linear_soft_ce
 
-def soft_cross_entropy_rows(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, alpha: float) -> Tensor:
-    """Return the loss of each row, (N,) float32.
+
+def distilled(teacher: Classifier, hidden: Tensor | None, labels: Tensor, alpha: float) -> HeadLoss:
+    """Return the loss of a student's Classifier: the sum over rows of (1 - alpha) CE(label) + alpha CE(teacher).
 
     Args:
-        logits: (N, V). labels: (N,) int64. teacher_logits: (N, V), no gradient; None: hard labels only.
-        alpha: weight of the teacher's targets.
+        teacher: the teacher's head. hidden: (N, D) what it reads; None: labels only.
+        labels: (N,) int64.
     """
-    logits = logits.float()
-    hard = F.cross_entropy(logits, labels, reduction="none")
-    if teacher_logits is None or alpha == 0:
-        return hard
-    targets = teacher_logits.float().softmax(-1)
-    picked = logits.gather(1, labels[:, None])[:, 0]
-    # hard = lse - picked, so lse - <targets, z> = hard + picked - <targets, z>
-    return hard + alpha * (picked - (targets * logits).sum(-1))
+    of_teacher = (None, None, None) if hidden is None else (hidden, teacher.weight, teacher.bias)
+
+    def loss(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_soft_ce(rows, weight, bias, *of_teacher, labels, alpha, reduction="sum")
+
+    return loss
 
 
 def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simla_ds.objectives.base import Objective
-from simla_ds.objectives.soft_targets import per_target, soft_cross_entropy_rows
+from simla_ds.objectives.soft_targets import distilled, per_target
 from simla_ds.types import Batch, Outputs, Read, Request, StepFeatures
 
 
@@ -40,13 +40,9 @@ class CrossModalReconstruction(Objective):
 
     def loss(self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float) -> Tensor:
         """Return the sum over masked patches divided by masked_count."""
-        teacher_logits = None
-        if self.config.xmm.distill:
-            with torch.no_grad():
-                teacher_logits = self.networks.teacher.visual_head(outputs[1])
-        logits = self.networks.student.visual_head(outputs[0])
-        losses = soft_cross_entropy_rows(logits, self._labels(batch), teacher_logits, alpha)
-        return per_target(losses.sum(), batch["masked_count"])
+        teacher, hidden = self.networks.teacher.visual_head, outputs[1] if self.config.xmm.distill else None
+        loss = distilled(teacher, hidden, self._labels(batch), alpha)
+        return per_target(self.networks.student.visual_head(outputs[0], loss), batch["masked_count"])
 
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Share of masked patches guessed right."""

@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from simla_ds.model.layer_norm import layer_norm
+from simla_ds.model.layer_norm import ResidualLayerNorm, layer_norm
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -32,3 +32,15 @@ def test_another_package_called_apex_changes_nothing(monkeypatch):
     norm, x = layer_norm(8, 1e-5), torch.randn(3, 8)
     assert type(norm) is nn.LayerNorm
     torch.testing.assert_close(norm(x), (x - x.mean(-1, keepdim=True)) / (x.var(-1, False, keepdim=True) + 1e-5).sqrt())
+
+
+def test_the_residual_kind_drops_out_in_training_only():
+    torch.manual_seed(0)
+    norm, x, residual = ResidualLayerNorm(64, 1e-12, dropout=0.5), torch.randn(50, 64), torch.randn(50, 64)
+    plain = nn.functional.layer_norm(x + residual, (64,), eps=1e-12)
+    torch.testing.assert_close(norm.eval()(x, residual), plain)
+    torch.manual_seed(1)
+    first = norm.train()(x, residual)
+    assert not torch.allclose(first, plain)
+    torch.manual_seed(1)
+    assert torch.equal(norm(x, residual), first)

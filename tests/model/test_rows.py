@@ -66,7 +66,7 @@ def test_attention_of_packed_rows_is_that_of_each_row_by_itself(padded: bool):
             other = r if picked is None else int(picked[r])
             q, k, v = (part[i : i + 1].transpose(1, 2) for part, i in zip(x, (r, other, other), strict=True))
             k, v = k[:, :, : LENGTHS[other]], v[:, :, : LENGTHS[other]]
-            wanted, _ = cross_attention_reference(q[:, :, :length], k, v)
+            wanted, _ = cross_attention_reference(q[:, :, :length], k, v, return_cls_row=True)
             torch.testing.assert_close(out[r, :length].transpose(0, 1), wanted[0], atol=1e-6, rtol=0)
 
 
@@ -87,5 +87,6 @@ def test_the_first_tokens_attention_is_zero_at_padding_and_sums_to_one():
     assert not attention.transpose(1, 2)[~rows.mask].any()
     torch.testing.assert_close(attention.sum(-1), torch.ones(3, HEADS), atol=1e-6, rtol=0)
     padded = rows.pad(k).transpose(1, 2)
-    _, wanted = cross_attention_reference(rows.pad(q).transpose(1, 2), padded, padded, rows.mask)
+    asking = rows.pad(q).transpose(1, 2)
+    _, wanted = cross_attention_reference(asking, padded, padded, rows.mask, return_cls_row=True)
     torch.testing.assert_close(attention.double(), wanted, atol=1e-6, rtol=0)
