@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 import triton
-from simla_kernels import dispatch
-from simla_kernels.launching import ARCHITECTURES, Launch, recording
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from simla_kernels import dispatch
+from simla_kernels.launching import ARCHITECTURES, Launch, recording
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compilation.json"
@@ -219,7 +220,10 @@ def table(results: Iterable[Compiled]) -> str:
         ).append(c)
     head = "| operation | kernel | dtype | tiles | warps | " + " | ".join(ARCHITECTURES) + " |"
     lines = [head, "|" + "---|" * (5 + len(ARCHITECTURES))]
-    lines += [f"| {' | '.join(key)} | " + " | ".join(_cell(of.get(a)) for a in ARCHITECTURES) + " |" for key, of in rows.items()]
+    lines += [
+        f"| {' | '.join(key)} | " + " | ".join(_cell(of.get(a)) for a in ARCHITECTURES) + " |"
+        for key, of in rows.items()
+    ]
     return "\n".join(lines)
 
 
@@ -243,7 +247,9 @@ def write_section(path: Path, name: str, content: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Compile, print, and on request store."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compilation", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compilation", description="Compile the kernels for cards that are not here."
+    )
     parser.add_argument("operations", nargs="*", metavar="OPERATION", help=f"of {', '.join(operations())}; all")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))

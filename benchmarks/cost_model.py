@@ -164,7 +164,9 @@ WORK = {
 def table() -> str:
     """Return Markdown: bytes, operations, floors, ratios and shares, all computed."""
     head = "| operation, forward + backward of a call | GFLOP | MB fused | MB unfused | floor A100 / H100 (us) "
-    head += "| unfused, all rows / fused | unfused, read rows / fused | share of the step's floor before -> after (H100) |"
+    head += (
+        "| unfused, all rows / fused | unfused, read rows / fused | share of the step's floor before -> after (H100) |"
+    )
     lines = [head, "|" + "---|" * 7]
     steps = {name: step_seconds(CARDS["H100"], name) for name in ("official", "fused")}
     for name, work in WORK.items():

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from simla_kernels import cross_attention, dispatch, dropout_add_layer_norm, linear_soft_ce
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,6 +23,7 @@ from benchmarks.compilation import README, write_section
 from benchmarks.head_orders import IGNORED, Head, mlm_official_order, xmm_official_order
 from benchmarks.peak_memory import peak_growth_mib
 from benchmarks.timing import alternate, environment
+from simla_kernels import cross_attention, dispatch, dropout_add_layer_norm, linear_soft_ce
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ATTENTION = {
@@ -126,7 +126,8 @@ def _head_contenders(
         return t.flatten(0, 1).index_select(0, index)
 
     def ours() -> Tensor:
-        return linear_soft_ce(rows(hidden), *head, rows(teacher_hidden), *teacher_head, labels, ALPHA)
+        of_teacher = (rows(teacher_hidden), teacher_head.weight, teacher_head.bias)
+        return linear_soft_ce(rows(hidden), head.weight, head.bias, *of_teacher, labels, ALPHA)
 
     def masked_unfused() -> Tensor:
         logits = F.linear(rows(hidden), *head).float()
@@ -135,7 +136,11 @@ def _head_contenders(
         soft = -(targets * logits.log_softmax(-1)).sum(-1).mean()
         return (1 - ALPHA) * F.cross_entropy(logits, labels) + ALPHA * soft
 
-    runs: dict[str, Callable[[], Tensor]] = {"ours": ours, "official order": official, "masked, unfused": masked_unfused}
+    runs: dict[str, Callable[[], Tensor]] = {
+        "ours": ours,
+        "official order": official,
+        "masked, unfused": masked_unfused,
+    }
     fused_hard: Any = getattr(F, "linear_cross_entropy", None)
     if fused_hard is not None and hidden.device.type == "cuda":  # hard labels only: less than what is compared
         runs["F.linear_cross_entropy (hard labels only)"] = lambda: fused_hard(rows(hidden), head.weight, labels)
@@ -190,7 +195,8 @@ def _on_card(contenders: Contenders) -> dict[str, dict[str, float]]:
     times = {}
     for name, run in contenders.items():
         try:
-            median, fastest = triton.testing.do_bench(run, quantiles=[0.5, 0.0])
+            quantiles: Any = triton.testing.do_bench(run, quantiles=[0.5, 0.0])
+            median, fastest = quantiles
         except RuntimeError as error:  # a backend that does not take these sizes says so
             print(f"      {name}: {str(error).splitlines()[0]}")
             continue
@@ -200,9 +206,9 @@ def _on_card(contenders: Contenders) -> dict[str, dict[str, float]]:
 
 def table(results: list[dict[str, Any]], memory: dict[str, float], where: dict[str, Any]) -> str:
     """Return Markdown of the measured figures."""
+    machine = f"{where['processor']}, {where['threads']} thread(s), {where['device']}, torch {where['torch']}"
     lines = [
-        f"Measured on {where['processor']}, {where['threads']} thread(s), {where['device']}, torch {where['torch']}, "
-        f"commit {where['commit']}: milliseconds of forward + backward, medians, contenders in turns.",
+        f"Measured on {machine}, commit {where['commit']}: milliseconds of forward + backward, medians, in turns.",
         "",
         "| operation | dtype | ours | others / ours |",
         "|---|---|---|---|",
@@ -211,12 +217,16 @@ def table(results: list[dict[str, Any]], memory: dict[str, float], where: dict[s
         said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in r["ratio"].items())
         lines.append(f"| {r['case']} | {r['dtype']} | {r['milliseconds']['ours']['median']:.2f} | {said} |")
     said = ", ".join(f"{name} {mib:.0f} MiB" for name, mib in memory.items())
-    return "\n".join([*lines, "", f"Peak growth of memory, XMM head, fp32, forward + backward, 1,200 masked rows: {said}."])
+    return "\n".join(
+        [*lines, "", f"Peak growth of memory, XMM head, fp32, forward + backward, 1,200 masked rows: {said}."]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and on request store."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks kernels", description="The fused operations against what they replace."
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed runs of each contender (CPU)")
@@ -227,7 +237,9 @@ def main(argv: list[str] | None = None) -> int:
     device, where = torch.device(arguments.device), environment()
     torch.manual_seed(0)
     if device.type == "cuda":
-        print("\n".join(f"{op}: {dispatch.backend(op, **_arguments(op, device))}" for op in sorted(dispatch.OPERATIONS)))
+        print(
+            "\n".join(f"{op}: {dispatch.backend(op, **_arguments(op, device))}" for op in sorted(dispatch.OPERATIONS))
+        )
     results = measure(device, arguments.dtype, arguments.repeats, arguments.only)
     memory = {} if arguments.only else {name: peak_growth_mib(name, device) for name in ("ours", "official order")}
     if memory:

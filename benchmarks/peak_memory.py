@@ -1,6 +1,6 @@
 """Peak growth of memory while the XMM head runs forward and backward once, in a process of its own.
 
-    python -m benchmarks.peak_memory "official order" cpu
+python -m benchmarks.peak_memory "official order" cpu
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 
-def alternate(contenders: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, dict[str, float]]:
+def alternate(
+    contenders: dict[str, Callable[[], object]], repeats: int, warmup: int = 2
+) -> dict[str, dict[str, float]]:
     """Run each contender `repeats` times in turn; return its median and fastest time in milliseconds.
 
     The first of a round moves on by one each time, so that none always runs behind the same other.

@@ -66,8 +66,8 @@ class HeldOut:
         """Measure the student or the teacher's own network (network is teacher.module).
 
         Losses are those of training with hard targets (alpha 0), means over all pairs, labelled tokens or masked
-        patches; ITM's wrong partners are those of `pin_negatives`, ITC's keys are described in `fixed_queue`, PSL's keywords are picked by the teacher's attention.
-        The training's queue, modes and random state are left as they are.
+        patches; ITM's wrong partners are those of `pin_negatives`, ITC's keys those of `fixed_queue`, PSL's keywords
+        are picked by the teacher's attention. The training's queue, modes and random state are left as they are.
 
         Returns:
             `loss/NAME` of every enabled objective; its accuracies, beside the accuracy of always giving the most

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from simla_ds.model.simla import Simla
+from simla_kernels import ema_update_
+
+NUMBERS_AT_ONCE = 2**24
+"""Student numbers that wait to be averaged in one go (64 MiB): a source may gather what it gives out."""
 
 
 class ParameterSource(Protocol):
@@ -68,10 +72,16 @@ class Teacher:
     @torch.no_grad()
     def update(self, source: ParameterSource, momentum: float) -> None:
         """Move towards the student by 1 - momentum; once per applied optimizer step."""
-        seen = set()
+        seen: set[str] = set()
+        masters, values = [], []
         for name, value in source.fp32_parameters():
-            self.master[name].lerp_(value.to(self.master[name].device), 1 - momentum)
             seen.add(name)
+            masters.append(self.master[name])
+            values.append(value.to(self.master[name].device))
+            if sum(v.numel() for v in values) >= NUMBERS_AT_ONCE:
+                ema_update_(masters, values, momentum)
+                masters, values = [], []
+        ema_update_(masters, values, momentum)
         if missing := self.master.keys() - seen:
             raise RuntimeError(f"the teacher got no value for {len(missing)} parameter(s), first {min(missing)}")
         self._refresh()

@@ -36,7 +36,9 @@ def results(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str
 def upcast(arguments: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Return the arguments with every floating tensor in `dtype`."""
     return {
-        n: v.detach().to(dtype).requires_grad_(v.requires_grad) if isinstance(v, Tensor) and v.is_floating_point() else v
+        n: v.detach().to(dtype).requires_grad_(v.requires_grad)
+        if isinstance(v, Tensor) and v.is_floating_point()
+        else v
         for n, v in arguments.items()
     }
 

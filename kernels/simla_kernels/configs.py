@@ -12,7 +12,7 @@ import torch
 from simla_kernels.launching import LaunchConfig, architecture
 
 CONFIGS: dict[tuple[str, str], LaunchConfig] = {
-    # cross_attention: dtype, head size up to 64 or 128, short (a caption) or long query (forward, dq) or key (dkdv) side
+    # cross_attention: dtype, head size up to 64 or 128, short (a caption) or long queries (dkdv: keys)
     ("cross_attention.forward", "half d64 short"): LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4),
     ("cross_attention.forward", "half d64 long"): LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4),
     ("cross_attention.forward", "half d128 short"): LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8),

@@ -48,7 +48,7 @@ def cross_attention_reference(
     kept = weights
     if dropout_p:
         if keep is None:
-            keep = keep_mask(as_seed("cross_attention", seed, dropout_p), weights.shape, dropout_p, q.device)
+            keep = keep_mask(as_seed("cross_attention", seed, dropout_p), weights, dropout_p)
         kept = weights * keep / (1 - dropout_p)
     out = torch.einsum("bhmn,bhnd->bhmd", kept, v)
     return (out, weights[:, :, 0].detach()) if return_cls_row else out
@@ -75,7 +75,7 @@ def _torch_forward(
     weights = _weights(q, k, mask)
     if not p:
         return _by_token(weights @ v), weights, row
-    kept = weights * keep_mask(seed, weights.shape, p, q.device)
+    kept = weights * keep_mask(seed, weights, p)
     return _by_token(kept @ v).div_(1 - p), weights, row
 
 
@@ -93,7 +93,7 @@ def _torch_backward(
         dout = dout / (1 - p) if p else dout
         dweights, kept = dout @ v.transpose(-1, -2), state
         if p:
-            keep = keep_mask(seed, state.shape, p, q.device)
+            keep = keep_mask(seed, state, p)
             kept, dweights = state * keep, dweights.mul_(keep)
         dv = kept.transpose(-1, -2) @ dout
         dscores = aten._softmax_backward_data(dweights, state, -1, state.dtype)
@@ -315,10 +315,14 @@ def _example(size: int, device: torch.device, dtype: torch.dtype) -> dict[str, A
 
     mask = torch.rand(2, keys, generator=generator) < 0.6
     return {
-        **{"q": normal(rows, queries), "k": normal(2, keys), "v": normal(2, keys)},
+        "q": normal(rows, queries),
+        "k": normal(2, keys),
+        "v": normal(2, keys),
         "key_mask": (mask if size == 2 else mask.index_fill(0, torch.tensor([1]), False)).to(device),
         "kv_index": None if index is None else index.to(device),
-        **{"dropout_p": 0.2 if size == 2 else 0.0, "seed": 5, "return_cls_row": True},
+        "dropout_p": 0.2 if size == 2 else 0.0,
+        "seed": 5,
+        "return_cls_row": True,
     }
 
 

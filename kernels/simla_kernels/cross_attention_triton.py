@@ -1,8 +1,9 @@
 """Triton kernels of cross_attention: dense and packed sequences by the same code.
 
 Scores are kept in units of log2, so that exp2 serves. A program owns a block of queries (forward, dq) or of keys (dk,
-dv, in the order of the query rows that share them: sums are repeatable). Key codes: 0 masked, 1 visible, 2 a row without
-any visible key, which attends evenly. Layouts come as strides; packed sequences have row stride 0 and a start.
+dv, in the order of the query rows that share them: sums are repeatable). Key codes: 0 masked, 1 visible, 2 a key of a
+row without any visible one, which attends evenly. Layouts come as strides; packed sequences have row stride 0
+and a start.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def dq_kernel(
         v = _tile(v_ptr, n, v_token, k_count, D, v_dim, BLOCK_D)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
-            dp *= _keep_scale(seed, dropout_p, tl.program_id(0), m[:, None], n[None, :], M, N)
-        ds = p * (dp - delta[:, None])
+            dp = dp * _keep_scale(seed, dropout_p, tl.program_id(0), m[:, None], n[None, :], M, N)
+        ds = p * (dp - delta[:, None])  # pyright: ignore[reportArgumentType]  it takes tl.sum's result for a constexpr
         if HAS_MASK:  # a dead row's weights do not depend on its scores
             code = tl.load(code_ptr + bk64 * N + n, mask=n < k_count, other=0)
             ds = tl.where(code[None, :] == 1, ds, 0.0)
@@ -211,6 +212,7 @@ def dkdv_kernel(
     bk64 = bk.to(tl.int64)
     k = _tile(k_ptr + bk64 * k_row + k_start * k_token + h * k_head, n, k_token, k_count, D, k_dim, BLOCK_D)
     v = _tile(v_ptr + bk64 * v_row + k_start * v_token + h * v_head, n, v_token, k_count, D, v_dim, BLOCK_D)
+    code = n[:, None]  # not read without a mask
     if HAS_MASK:
         code = tl.load(code_ptr + bk64 * N + n, mask=n < k_count, other=0)[:, None]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -220,7 +222,7 @@ def dkdv_kernel(
         lo, hi = tl.load(first_sharer_ptr + bk), tl.load(first_sharer_ptr + bk + 1)
     for j in range(lo, hi):
         b = tl.load(sharer_ptr + j) if SHARED else j
-        b64 = b.to(tl.int64)
+        b64 = tl.cast(b, tl.int64)
         q_start, q_count = _span(cu_q_ptr, b, M, PACKED)
         q_at = q_ptr + b64 * q_row + q_start * q_token + h * q_head
         do_at = dout_ptr + b64 * do_row + q_start * do_token + h * do_head
@@ -267,7 +269,9 @@ def cls_row_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     b64, bk64 = b.to(tl.int64), bk.to(tl.int64)
-    q = tl.load(q_ptr + b64 * q_row + q_start * q_token + h * q_head + d * q_dim, mask=(d < D) & (q_count > 0), other=0.0)
+    q = tl.load(
+        q_ptr + b64 * q_row + q_start * q_token + h * q_head + d * q_dim, mask=(d < D) & (q_count > 0), other=0.0
+    )
     k = _tile(k_ptr + bk64 * k_row + k_start * k_token + h * k_head, n, k_token, k_count, D, k_dim, BLOCK_D)
     s = tl.sum(k.to(tl.float32) * q.to(tl.float32)[None, :], 1) * scale
     s = _visible_scores(s[None, :], n, k_count, code_ptr, bk64 * N, HAS_MASK)
@@ -353,7 +357,13 @@ class _Call:
     """What the launches of one call have in common."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, index: Tensor | None, codes: Tensor | None, dropout_p: float, packing: Packing | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        index: Tensor | None,
+        codes: Tensor | None,
+        dropout_p: float,
+        packing: Packing | None,
     ):
         self.packing, self.index, self.codes, self.dropout = packing, index, codes, dropout_p > 0
         self.H, self.D, self.dtype, self.device = q.shape[1], q.shape[-1], q.dtype, q.device
@@ -371,7 +381,9 @@ class _Call:
             "cu_q_ptr": packing.cu_q if packing else None,
             "cu_k_ptr": packing.cu_k if packing else None,
             "scale": self.D**-0.5 * LOG2_E,
-            **{"H": self.H, "M": self.M, "N": self.N},
+            "H": self.H,
+            "M": self.M,
+            "N": self.N,
         }
 
     def sharers(self) -> dict[str, Any]:
@@ -383,8 +395,12 @@ class _Call:
 
     def switches(self) -> dict[str, Any]:
         return {
-            **{"D": self.D, "BLOCK_D": max(16, next_power_of_2(self.D)), "PACKED": self.packing is not None},
-            **{"SHARED": self.index is not None, "HAS_MASK": self.codes is not None, "DROPOUT": self.dropout},
+            "D": self.D,
+            "BLOCK_D": max(16, next_power_of_2(self.D)),
+            "PACKED": self.packing is not None,
+            "SHARED": self.index is not None,
+            "HAS_MASK": self.codes is not None,
+            "DROPOUT": self.dropout,
             "PRECISION": dot_precision(self.dtype, self.device),
         }
 

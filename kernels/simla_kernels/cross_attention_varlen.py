@@ -49,7 +49,7 @@ def cross_attention_varlen_reference(
             outs.append(q[first:last] * 0)
             cls_rows.append(q.new_zeros(q.shape[1], max_k))
             continue
-        out, weights = cross_attention_reference(*one, return_cls_row=True)
+        out, weights = cross_attention_reference(one[0], one[1], one[2], return_cls_row=True)
         outs.append(out[0].transpose(0, 1))
         cls_rows.append(F.pad(weights[0], (0, max_k - weights.shape[-1])))
     out = torch.cat(outs)
@@ -120,9 +120,10 @@ def _backward(
 
         packing = kernels.Packing(cu_q, cu_k, max_q, max_k)
         return kernels.backward(dout, q, k, v, out, state, None, index, p, int(seed), packing)
-    padded = [_pad(t, cu_q, max_q) for t in (dout, q)] + [_pad(t, cu_k, max_k) for t in (k, v)]
+    dout, asking, out = (_pad(t, cu_q, max_q) for t in (dout, q, out))
     mask = _inside(cu_k, max_k)
-    dq, dk, dv = _torch_backward(*padded, _pad(out, cu_q, max_q), state, mask, index, p, seed)
+    answering = _pad(k, cu_k, max_k), _pad(v, cu_k, max_k)
+    dq, dk, dv = _torch_backward(dout, asking, *answering, out, state, mask, index, p, seed)
     return _unpad(dq, cu_q, q.shape[0]), _unpad(dk, cu_k, k.shape[0]), _unpad(dv, cu_k, k.shape[0])
 
 
@@ -225,8 +226,13 @@ def _example(size: int, device: torch.device, dtype: torch.dtype) -> dict[str, A
         return F.pad(torch.tensor(counts).cumsum(0), (1, 0)).to(device)
 
     return {
-        **{"q": normal(lengths), "k": normal(key_lengths), "v": normal(key_lengths)},
-        **{"cu_q": starts(lengths), "cu_k": starts(key_lengths), "max_q": max(lengths), "max_k": max(key_lengths)},
+        "q": normal(lengths),
+        "k": normal(key_lengths),
+        "v": normal(key_lengths),
+        "cu_q": starts(lengths),
+        "cu_k": starts(key_lengths),
+        "max_q": max(lengths),
+        "max_k": max(key_lengths),
         "kv_index": None if index is None else torch.tensor(index, device=device),
         "return_cls_row": True,
     }

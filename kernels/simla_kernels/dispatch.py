@@ -41,8 +41,12 @@ class Operation:
     """The definition, with the same parameters."""
     example: Callable[[int, torch.device, torch.dtype], dict[str, Any]]
     """(size 0..2, device, dtype) -> arguments by name, for the self-check: small, odd sizes, every optional part."""
-    refuses: Callable[..., str | None]
+    refuses: Callable[..., str | None] = lambda *_, **__: None
     """Why Triton's implementation cannot take these arguments (the public function's own); None when it can."""
+    torch_only: str = ""
+    """Why there is no Triton kernel, where there is none by design."""
+    instead: Callable[[Tensor], Backend | None] = lambda tensor: None
+    """What else may take PyTorch's place on the tensor's device."""
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -69,11 +73,15 @@ def backend(op: str, *args: Any, **kwargs: Any) -> Backend:
     """
     if op not in OPERATIONS:
         raise ValueError(f"backend: no operation {op!r}; there are {', '.join(sorted(OPERATIONS))}")
-    return choose(op, _first_tensor([*args, *kwargs.values()]), lambda: OPERATIONS[op].refuses(*args, **kwargs))
+    operation, tensor = OPERATIONS[op], _first_tensor([*args, *kwargs.values()])
+    if operation.torch_only:
+        return Backend("torch", operation.torch_only)
+    chosen = choose(op, tensor, lambda: operation.refuses(*args, **kwargs))
+    return chosen if chosen.name == "triton" else operation.instead(tensor) or chosen
 
 
 def choose(op: str, tensor: Tensor, refusal: Callable[[], str | None]) -> Backend:
-    """Decide for one call: `tensor` is on the device that counts, `refusal` gives Triton's objection to the arguments."""
+    """Decide for one call on `tensor`'s device; `refusal` gives Triton's objection to the arguments."""
     wanted = _forced or mode()
     if wanted == "torch":
         return Backend("torch", "SIMLA_KERNELS=torch")

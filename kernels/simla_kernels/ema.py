@@ -127,8 +127,4 @@ def _example(size: int, device: torch.device, dtype: torch.dtype) -> dict[str, A
     return {"targets": targets, "sources": sources, "momentum": 0.995}
 
 
-def _refuses(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float) -> str:
-    return _WHY_TORCH
-
-
-dispatch.register(Operation(function=ema_update_, reference=ema_update_reference, example=_example, refuses=_refuses))
+dispatch.register(Operation(ema_update_, ema_update_reference, _example, torch_only=_WHY_TORCH))

@@ -86,7 +86,7 @@ def interpreting() -> bool:
 
 
 def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
-    """Return tl.dot's input_precision: fp32 products stay fp32 (3xTF32, or the plain units where a card has no TF32)."""
+    """Return tl.dot's input_precision: fp32 stays fp32 (3xTF32, or plain units where a card has no TF32)."""
     if dtype != torch.float32:
         return "tf32"  # ignored for half precision
     return "ieee" if architecture(device).startswith("gfx") or interpreting() else "tf32x3"

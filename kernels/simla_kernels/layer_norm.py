@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simla_kernels import dispatch
-from simla_kernels.dispatch import Operation
-from simla_kernels.dropout import as_seed, philox_uniform
+from simla_kernels.dispatch import Backend, Operation
+from simla_kernels.dropout import as_seed, keep_mask, philox_uniform
 
 WIDEST_TRITON_ROW = 4096
 """A row lives in one program's registers."""
@@ -49,7 +49,7 @@ def _torch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if dropout_p:
-        torch.addcmul(residual, x, _kept(seed, x, dropout_p), value=1 / (1 - dropout_p), out=total)
+        torch.addcmul(residual, x, keep_mask(seed, x, dropout_p), value=1 / (1 - dropout_p), out=total)
     else:
         torch.add(residual, x, out=total)
     dtype = torch.float32 if _half_on_cpu(x) else x.dtype  # which makes aten return fp32 statistics on a CPU
@@ -73,7 +73,7 @@ def _torch_backward(
     grad_total = grad_total.view(total.shape)
     grad_x = grad_total.new_empty(0)
     if dropout_p:
-        grad_x = _kept(seed, grad_total, dropout_p).mul_(grad_total).mul_(1 / (1 - dropout_p))
+        grad_x = keep_mask(seed, grad_total, dropout_p).mul_(grad_total).mul_(1 / (1 - dropout_p))
     return grad_x, grad_total, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
@@ -103,21 +103,6 @@ def _half_backward(
         grad_weight += of_weight
         grad_bias += of_bias
     return grad_total, grad_weight, grad_bias
-
-
-def _kept(seed: Tensor, like: Tensor, dropout_p: float) -> Tensor:
-    """Return a contiguous tensor of `like`'s shape and dtype: 1 where an element is kept, 0 where it is dropped.
-
-    Four 16-bit draws come out of each 64-bit one, which on a CPU takes a fifth of bernoulli_'s time; the chance is
-    right to 2^-17.
-    """
-    count = like.numel()
-    generator = torch.Generator(like.device).manual_seed(int(seed))
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=like.device)
-    draws = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
-    below = min(max(round((1 - dropout_p) * 2**16) - 2**15, 1 - 2**15), 2**15 - 1)
-    kept = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    return torch.lt(draws.view(like.shape), below, out=kept)
 
 
 def _half_on_cpu(tensor: Tensor) -> bool:
@@ -204,7 +189,7 @@ def dropout_add_layer_norm(
     _check(x, residual, weight, bias)
     seed = as_seed("dropout_add_layer_norm", seed, dropout_p)
     if not torch.compiler.is_compiling() and not _uses_triton(x, residual, weight, bias):
-        if x.device.type == "cuda" and dispatch.mode() == "auto" and _apex() is not None:
+        if _is_for_apex(x):
             return _apex_forward(x, residual, weight, bias, dropout_p, seed, eps)
         if not dropout_p and not _half_on_cpu(x):  # autograd's own nodes keep as little, and cost less on a CPU
             return F.layer_norm(residual + x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
@@ -214,6 +199,10 @@ def dropout_add_layer_norm(
 def _uses_triton(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> bool:
     chosen = dispatch.choose("dropout_add_layer_norm", x, lambda: _refuses(x, residual, weight, bias))
     return chosen.name == "triton"
+
+
+def _is_for_apex(x: Tensor) -> bool:
+    return x.device.type == "cuda" and dispatch.mode() == "auto" and _apex() is not None
 
 
 @cache
@@ -230,7 +219,7 @@ def _apex_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout_p: float, seed: Tensor, eps: float
 ) -> Tensor:
     if dropout_p:
-        x = x * _kept(seed, x, dropout_p) * (1 / (1 - dropout_p))
+        x = x * keep_mask(seed, x, dropout_p) * (1 / (1 - dropout_p))
     parameters = weight.to(x.dtype), bias.to(x.dtype)
     return _apex()(residual + x, *parameters, weight.shape, eps)
 
@@ -282,5 +271,6 @@ dispatch.register(
         reference=dropout_add_layer_norm_reference,
         example=_example,
         refuses=_refuses,
+        instead=lambda x: Backend("apex", "NVIDIA Apex is installed") if _is_for_apex(x) else None,
     )
 )

@@ -29,7 +29,7 @@ from simla_kernels.linear_chunks import (
 )
 
 REDUCTIONS = ("mean", "sum_over_words")
-MOST_KEYWORDS = 16
+MOST_KEYWORDS = 64
 """Per row: Triton compares every class with each of them."""
 
 

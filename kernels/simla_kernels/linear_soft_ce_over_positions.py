@@ -280,6 +280,6 @@ dispatch.register(
         function=linear_soft_ce_over_positions,
         reference=linear_soft_ce_over_positions_reference,
         example=_example,
-        refuses=lambda *_, **__: "it runs in PyTorch on every device",
+        torch_only="for `official` fidelity only: no Triton kernel",
     )
 )

@@ -1,6 +1,7 @@
 """Triton's kernels compile for cards that are not here, without spills and with tensor cores."""
 
 import pytest
+
 from benchmarks import compilation
 from benchmarks.compilation import Compiled, compile_all, objections, operations
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from simla_kernels import checking, dispatch, dropout
+from simla_kernels.dropout import keep_mask
 from simla_kernels.layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_reference
 from tests.kernels.mutants import mutant
 
@@ -35,7 +36,7 @@ def arguments(*shape: int, dtype: torch.dtype = torch.float32, **more: Any) -> d
 def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, dropout_p: float, seed: int) -> Tensor:
     """What a model would write, with the mask of PyTorch's path."""
     if dropout_p:
-        x = x * MODULE._kept(torch.tensor([seed]), x, dropout_p) / (1 - dropout_p)
+        x = x * keep_mask(torch.tensor([seed]), x, dropout_p) / (1 - dropout_p)
     return F.layer_norm(residual + x, weight.shape, weight, bias, 1e-12)
 
 
@@ -130,7 +131,7 @@ def test_a_seed_repeats_the_mask_and_another_one_does_not():
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
 def test_as_many_elements_are_kept_as_asked(dropout_p: float):
-    kept = MODULE._kept(torch.tensor([1]), torch.empty(1001, 999), dropout_p)
+    kept = keep_mask(torch.tensor([1]), torch.empty(1001, 999), dropout_p)
     spread = (dropout_p * (1 - dropout_p) / kept.numel()) ** 0.5
     assert kept.unique().tolist() == [0, 1]
     assert abs(kept.mean().item() - (1 - dropout_p)) < 5 * spread
@@ -140,7 +141,7 @@ def test_as_many_elements_are_kept_as_asked(dropout_p: float):
 
 @pytest.mark.parametrize("dropout_p", [1e-9, 1 - 1e-9])
 def test_chances_beyond_16_bits_are_taken_as_near_as_can_be(dropout_p: float):
-    kept = MODULE._kept(torch.tensor([1]), torch.empty(100_000), dropout_p).mean()
+    kept = keep_mask(torch.tensor([1]), torch.empty(100_000), dropout_p).mean()
     assert abs(float(kept) - (1 - dropout_p)) < 1e-3
 
 
@@ -247,9 +248,15 @@ def test_bad_input_is_named_with_its_shape(change: dict[str, Any], message: str)
 
 
 MUTATIONS = {
-    "another mask in backward": ("_kept(seed, grad_total, dropout_p)", "_kept(seed + 1, grad_total, dropout_p)"),
+    "another mask in backward": (
+        "keep_mask(seed, grad_total, dropout_p)",
+        "keep_mask(seed + 1, grad_total, dropout_p)",
+    ),
     "gradients not scaled": (".mul_(grad_total).mul_(1 / (1 - dropout_p))", ".mul_(grad_total)"),
-    "residual dropped, not x": ("torch.addcmul(residual, x, _kept(seed, x", "torch.addcmul(x, residual, _kept(seed, x"),
+    "residual dropped, not x": (
+        "torch.addcmul(residual, x, keep_mask(seed, x",
+        "torch.addcmul(x, residual, keep_mask(seed, x",
+    ),
     "residual's gradient for x": ("return grad_x if ctx.dropout_p else grad_total,", "return grad_total,"),
 }
 

@@ -199,8 +199,8 @@ MUTATIONS = {
     "softmax for the teacher": (MODULE.row_losses, "teacher_z.sigmoid_()", "teacher_z.softmax(-1)"),
     "duplicates counted twice": (
         MODULE.row_losses,
-        "target.gather(1, ids) + hard",
-        "hard.expand_as(ids), reduce='add'",
+        ".scatter_(1, ids, target.gather(1, ids) + hard)",
+        ".scatter_add_(1, ids, hard.expand(ids.shape))",
     ),
     "-1 taken for id 0": (MODULE.row_losses, "largest >= 0", "largest >= -1"),
     "teacher's bias left out": (MODULE.torch_row_loss, "teacher_z, teacher_bias)", "teacher_z, None)"),

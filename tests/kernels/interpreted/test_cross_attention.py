@@ -30,7 +30,7 @@ def assert_agrees(op: str, arguments: dict[str, Any], tolerance: float = 1e-5) -
 
 
 def tokens(rows: int, length: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(rows, 2, length, dim) as a linear layer leaves it, inside a buffer whose guards would be seen if they were read."""
+    """(rows, 2, length, dim) as a linear layer leaves it, inside a buffer whose guards show if they are read."""
     buffer = torch.full((rows + 2, length + 2, 2, dim), GUARD, dtype=dtype)
     inner = buffer[1:-1, 1:-1]
     inner.copy_(torch.randn(inner.shape, generator=torch.Generator().manual_seed(seed)))
@@ -59,8 +59,14 @@ def test_masks_shared_keys_and_dropout_together(index: list[int] | None, dropout
     assert_agrees(
         "cross_attention",
         {
-            **{"q": q, "k": k, "v": v, "key_mask": mask, "kv_index": None if index is None else torch.tensor(index)},
-            **{"dropout_p": dropout_p, "seed": 2**40 + 7, "return_cls_row": True},
+            "q": q,
+            "k": k,
+            "v": v,
+            "key_mask": mask,
+            "kv_index": None if index is None else torch.tensor(index),
+            "dropout_p": dropout_p,
+            "seed": 2**40 + 7,
+            "return_cls_row": True,
         },
     )
 
