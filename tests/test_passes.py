@@ -183,14 +183,14 @@ def losses_over_seeds(passes: str, dropout: float, seeds: int) -> Tensor:
 
 
 def test_with_dropout_the_losses_have_the_same_mean_and_spread():
-    seeds = 80
+    seeds = 50
     fast, plain = (
         losses_over_seeds(passes, 0.2, seeds)[:, :4] for passes in ("fast", "plain")
     )  # PSL's keywords stay the same
     errors = ((fast.var(0) + plain.var(0)) / seeds).sqrt()
     assert ((fast.mean(0) - plain.mean(0)).abs() <= 4 * errors).all()
     spread = fast.std(0) / plain.std(0)
-    assert ((spread > 0.65) & (spread < 1.5)).all()  # four standard errors of a ratio of 80 draws each
+    assert ((spread > 0.55) & (spread < 1.8)).all()  # four standard errors of a ratio of 50 draws each
 
 
 # --- what is run ----------------------------------------------------------------------------------------------------
