@@ -146,6 +146,10 @@ class Request:
     """(M,) int64 flat positions for Read.ROWS, ascending: in (R * L) for text, in (R * P) for patches ([CLS] not
     counted)."""
 
+    def __post_init__(self):
+        if self.direction == "text_over_image" and self.read is Read.ALL and self.token_index is not None:
+            raise ValueError("a text_over_image request that reads all slots computes all of them: give no token_index")
+
 
 @dataclass
 class Outputs:

@@ -1,5 +1,7 @@
 """A model small enough to run in milliseconds, with weights large enough that every part of it matters."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from simla_ds.config import (
     ModelConfig,
     ObjectivesConfig,
     StreamConfig,
+    TeacherConfig,
     TrainConfig,
     VisionConfig,
     VocabularyConfig,
@@ -41,13 +44,26 @@ def model_config(stream: StreamConfig = STREAM) -> ModelConfig:
     return ModelConfig(vision=VISION, stream=stream, vocabulary=vocabulary, projection_size=16)
 
 
-def run_config(**objectives: object) -> Config:
-    """Return a run's configuration; keywords go to ObjectivesConfig (itc is given a queue of 8 unless named)."""
-    objectives = {"itc": ContrastiveConfig(queue_size=QUEUE), **objectives}
+def run_config(
+    passes: str = "fast",
+    stream: StreamConfig = STREAM,
+    only: str = "",
+    teacher: TeacherConfig = TeacherConfig(),  # noqa: B008  frozen
+    **objectives: object,
+) -> Config:
+    """Return a run's configuration; keywords go to ObjectivesConfig (itc is given a queue of 8 unless named).
+
+    `only` switches all objectives but one off.
+    """
+    chosen = ObjectivesConfig(**{"itc": ContrastiveConfig(queue_size=QUEUE), **objectives})  # type: ignore[arg-type]
+    if only:
+        off = {name: replace(getattr(chosen, name), weight=0.0) for name in chosen.enabled if name != only}
+        chosen = replace(chosen, **off)
     return Config(
-        model=model_config(),
-        objectives=ObjectivesConfig(**objectives),  # type: ignore[arg-type]
-        train=TrainConfig(batch_size=4),
+        model=model_config(stream),
+        objectives=chosen,
+        teacher=teacher,
+        train=TrainConfig(batch_size=4, passes=passes),  # type: ignore[arg-type]
     )
 
 

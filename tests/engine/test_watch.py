@@ -1,19 +1,16 @@
 """Shares of the gradient, without an engine: what is measured doesn't depend on how passes are run."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from simla_ds.config import TrainConfig
 from simla_ds.engine.watch import Watch
 from tests.tiny import make_batch, make_task, run_config
 
 
 def shares(passes: str) -> dict[str, float]:
-    train = TrainConfig(batch_size=4, passes=passes)  # type: ignore[arg-type]
-    config = replace(run_config(), train=train)
+    config = run_config(passes)
     engine: Any = SimpleNamespace(device="cpu", zero_optimization_stage=lambda: 0)
     tokenizers: Any = SimpleNamespace(vocabulary_size=20)
     source: Any = None
