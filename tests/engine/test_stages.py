@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.engine.launching import ROOT, launch
-from tests.engine.runs import keys, losses, scenes
+from tests.engine.runs import keys, losses, records, scenes
 
 pytestmark = pytest.mark.launcher
 
@@ -13,7 +13,7 @@ STEPS = 6
 STAGES = [f"zero{stage}" for stage in range(4)]
 FILES = ",".join(str(ROOT / "ds_configs" / f"{stage}.json") for stage in STAGES)
 COMMON = ["--train.steps", str(STEPS), "--model.stream.dropout", "0", "--objectives.itm.negatives", "global"]
-COMMON += ["--train.checkpoint_every", "0"]
+COMMON += ["--train.checkpoint_every", "0", "--eval.every", str(STEPS)]
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +22,19 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, data):
-    """Every stage at one and at two ranks, with the same global batch of 8."""
+def folders(tmp_path_factory, data):
+    """Run folders of every stage at one and at two ranks, with the same global batch of 8."""
     out = tmp_path_factory.mktemp("stages")
     for ranks in (1, 2):
         arguments = keys(data, *COMMON, "--train.batch_size", str(8 // ranks))
         done = launch("tests.engine.workers.stages", f"{out}/{ranks}", FILES, *arguments, ranks=ranks, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
-    return {(stage, ranks): losses(out / str(ranks) / stage) for stage in STAGES for ranks in (1, 2)}
+    return {(stage, ranks): out / str(ranks) / stage for stage in STAGES for ranks in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def runs(folders):
+    return {which: losses(folder) for which, folder in folders.items()}
 
 
 def relative_difference(a: dict, b: dict) -> float:
@@ -54,6 +59,22 @@ def test_every_stage_has_the_losses_of_stage_0(runs, stage, ranks):
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_have_the_losses_of_one_at_the_same_global_batch(runs, stage):
     assert relative_difference(runs[stage, 2], runs[stage, 1]) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_held_out_measures_do_not_depend_on_stage_or_ranks(folders, stage, ranks):
+    """At stage 3 they are taken on a gathered copy of the student."""
+
+    def measured(which):
+        lines = [record for record in records(folders[which]) if "eval/student/loss/itc" in record]
+        return [{name: value for name, value in line.items() if "/loss/" in name} for line in lines]
+
+    found, wanted = measured((stage, ranks)), measured(("zero0", 1))
+    assert len(found) == len(wanted) == 2  # before the first step and after the last
+    assert found[0]["eval/student/loss/mlm"] != found[1]["eval/student/loss/mlm"]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
 
 
 def test_two_micro_steps_equal_one_of_twice_the_batch(tmp_path, data):
