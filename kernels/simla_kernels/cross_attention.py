@@ -19,7 +19,7 @@ from simla_kernels.dropout import as_seed, keep_mask, philox_uniform
 
 aten = torch.ops.aten
 LONG_ROW = 128
-"""Rows from which SDPA's flash path beats matmul-softmax-matmul on a CPU in fp32 (measured at 257 x 257)."""
+"""Rows from which SDPA's flash path beats matmul-softmax-matmul on any CPU in fp32 (measured at 257 x 257)."""
 HEAD_SIZES = range(16, 129)
 """Of Triton's kernels."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,10 +57,28 @@ def cross_attention_reference(
 # PyTorch's path
 
 
-def _is_flash(q: Tensor, k: Tensor, key_mask: Tensor | None, dropout_p: float) -> bool:
-    """Whether SDPA's flash path runs: it makes the weights again in backward, and wins for long rows only."""
-    long = min(q.shape[2], k.shape[2]) >= LONG_ROW
-    return long and q.device.type == "cpu" and q.dtype == torch.float32 and not dropout_p and key_mask is None
+def _is_flash(q: Tensor, queries: int, keys: int, dropout_p: float) -> bool:
+    """Whether SDPA's flash path runs on rows of so many queries and keys: it makes the weights again in backward.
+
+    It wins for long rows everywhere; for captions it loses with AVX512 (0.2 to 0.8 times as fast) and wins with AVX2
+    (1.0 to 1.2 times).
+    """
+    if q.device.type != "cpu" or q.dtype != torch.float32 or dropout_p:
+        return False
+    return min(queries, keys) >= LONG_ROW or torch.backends.cpu.get_cpu_capability() != "AVX512"
+
+
+def _for_flash(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the queries and what flash adds to the scores (B, H, M, N).
+
+    Queries of a row without visible keys are zero: then all its scores are, and its log-sum-exp is right.
+    """
+    if mask is None:
+        return q, None
+    dead = ~mask.any(-1)
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask & ~dead[:, None], torch.finfo(q.dtype).min)
+    bias = bias[:, None, None].expand(*q.shape[:3], mask.shape[1])
+    return q.masked_fill(dead[:, None, None, None], 0.0), bias
 
 
 def _torch_forward(
@@ -69,14 +87,14 @@ def _torch_forward(
     """Return the output, what backward needs (the weights; log-sum-exp where flash runs) and the [CLS] row."""
     k, v, mask = _read_by(index, k), _read_by(index, v), None if mask is None else _read_by(index, mask)
     row = _weights(q[:, :, :1].float(), k.float(), mask)[:, :, 0] if cls else _no_row(q)
-    if _is_flash(q, k, mask, p):
-        out, state = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    if _is_flash(q, q.shape[2], k.shape[2], p):
+        q, bias = _for_flash(q, mask)
+        out, state = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
         return _by_token(out), state.contiguous(), row
     weights = _weights(q, k, mask)
     if not p:
-        return _by_token(weights @ v), weights, row
-    kept = weights * keep_mask(seed, weights, p)
-    return _by_token(kept @ v).div_(1 - p), weights, row
+        return weights @ v, weights, row
+    return ((weights * keep_mask(seed, weights, p)) @ v).div_(1 - p), weights, row
 
 
 def _torch_backward(
@@ -85,12 +103,16 @@ def _torch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     key_rows = k.shape[0]
     k, v, mask = _read_by(index, k), _read_by(index, v), None if mask is None else _read_by(index, mask)
-    if _is_flash(q, k, mask, p):
+    is_flash = _is_flash(q, q.shape[2], k.shape[2], p)
+    if is_flash:
+        asking, bias = _for_flash(q, mask)
         flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = flash(dout, q, k, v, out, state, 0.0, False)
+        dq, dk, dv = flash(dout, asking, k, v, out, state, 0.0, False, attn_mask=bias)
+        if mask is not None:
+            dq = dq.masked_fill_(~mask.any(-1)[:, None, None, None], 0.0)
     else:
         scale = q.shape[-1] ** -0.5
-        dout = dout / (1 - p) if p else dout
+        dout = dout / (1 - p) if p else dout.contiguous()  # read twice: copied for each product otherwise
         dweights, kept = dout @ v.transpose(-1, -2), state
         if p:
             keep = keep_mask(seed, state, p)
@@ -101,7 +123,8 @@ def _torch_backward(
             dscores.masked_fill_(~mask.any(-1)[:, None, None, None], 0.0)
         dq = (dscores @ k).mul_(scale)
         dk = dscores.transpose(-1, -2) @ (q * scale)
-    return _by_token(dq), _by_token(_sum_sharers(dk, index, key_rows)), _by_token(_sum_sharers(dv, index, key_rows))
+    dk, dv = _sum_sharers(dk, index, key_rows), _sum_sharers(dv, index, key_rows)
+    return (_by_token(dq), _by_token(dk), _by_token(dv)) if is_flash else (dq, dk, dv)
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -174,13 +197,10 @@ def _forward(
 @_forward.register_fake
 def _(q, k, v, mask, index, p, seed, cls):
     rows, heads, queries, _ = q.shape
-    state = q.new_empty((rows, heads, queries, k.shape[2]))
-    if _by_triton("cross_attention", q, k, v):
-        state = q.new_empty((rows, heads, queries), dtype=torch.float32)
-    elif _is_flash(q, k, mask, p):
-        state = q.new_empty((rows, heads, queries))
     row = q.new_empty((rows, heads, k.shape[2]) if cls else (0,), dtype=torch.float32)
-    return _by_token(q.new_empty(q.shape)), state, row
+    if _by_triton("cross_attention", q, k, v) or _is_flash(q, queries, k.shape[2], p):
+        return _by_token(q.new_empty(q.shape)), q.new_empty((rows, heads, queries), dtype=torch.float32), row
+    return q.new_empty(q.shape), q.new_empty((rows, heads, queries, k.shape[2])), row
 
 
 @torch.library.custom_op("simla_kernels::cross_attention_backward", mutates_args=())
@@ -197,7 +217,10 @@ def _backward(
 
 @_backward.register_fake
 def _(dout, q, k, v, out, state, mask, index, p, seed):
-    return _by_token(q.new_empty(q.shape)), _by_token(k.new_empty(k.shape)), _by_token(v.new_empty(v.shape))
+    made = [t.new_empty(t.shape) for t in (q, k, v)]
+    if _by_triton("cross_attention", q, k, v) or _is_flash(q, q.shape[2], k.shape[2], p):
+        made = [_by_token(t) for t in made]
+    return tuple(made)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -243,7 +266,7 @@ def cross_attention(
         return_cls_row: also return (Bq, H, N) fp32, without gradient.
 
     Returns:
-        (Bq, H, M, D) in q's dtype, laid out token by token: `out.transpose(1, 2).flatten(2)` copies nothing.
+        (Bq, H, M, D) in q's dtype; of the fused paths token by token: `out.transpose(1, 2).flatten(2)` copies nothing.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not belong together; kv_index out of range (always checked on a

@@ -15,6 +15,7 @@ from simla_kernels import dispatch
 from simla_kernels.cross_attention import (
     _by_triton,
     _check_range,
+    _is_flash,
     _read_by,
     _refuses,
     _torch_backward,
@@ -107,6 +108,8 @@ def _(q, k, v, cu_q, cu_k, max_q, max_k, index, p, seed, cls):
     state = q.new_empty((rows, heads, max_q, max_k))
     if _by_triton("cross_attention_varlen", q, k, v):
         state = q.new_empty((heads, q.shape[0]), dtype=torch.float32)
+    elif _is_flash(q, max_q, max_k, p):
+        state = q.new_empty((rows, heads, max_q))
     return q.new_empty(q.shape), state, q.new_empty((rows, heads, max_k) if cls else (0,), dtype=torch.float32)
 
 

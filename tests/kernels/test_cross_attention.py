@@ -25,6 +25,12 @@ TOLERANCE = 1e-5  # of a result's largest entry; 2e-6 was measured
 attend: Any = cross_attention  # returns a tensor or, asked for [CLS], a pair
 
 
+@pytest.fixture(autouse=True, params=["AVX2", "AVX512"])
+def _on_either_kind_of_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Which of the two paths a caption takes depends on the CPU; both run on any."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: request.param)
+
+
 def tokens(rows: int, length: int, seed: int, dim: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
     """(rows, 2, length, dim) as a linear layer leaves it: not contiguous."""
     t = torch.randn(rows, length, 2, dim, generator=torch.Generator().manual_seed(seed))
