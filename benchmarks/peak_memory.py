@@ -5,7 +5,7 @@ python -m benchmarks.peak_memory "official order" cpu
 
 from __future__ import annotations
 
-import resource
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +17,8 @@ def peak_growth_mib(contender: str, device: torch.device) -> float:
     """Measure one contender of kernels.xmm_head in fp32, in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.peak_memory", contender, device.type]
     root = Path(__file__).resolve().parent.parent
-    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # or glibc keeps what was freed before
+    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
     return float(ran.stdout.split()[-1])
 
 
@@ -33,20 +34,17 @@ def main(contender: str, device: torch.device) -> None:
         run()
         print((torch.cuda.max_memory_allocated() - before) / 2**20)
         return
-    small = torch.randn(64, 64, requires_grad=True)
-    (small @ small).sum().backward()  # what the first product and backward of a process cost
-    before = _resident()
+    run()  # what a process keeps after its first products: buffers of libraries
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
+    before = _mib("VmRSS")
     run()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+    print(_mib("VmHWM") - before)
 
 
-def _resident() -> float:
-    """Return MiB of memory now; the peak so far must not lie above it, or it would hide the growth."""
+def _mib(field: str) -> float:
+    """Return a line of the process's memory status."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    now, peak = (int(status.split(f"{key}:")[1].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
-    if peak - now > 50:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets the peak back to now
-    return now
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simla_kernels import dispatch
@@ -66,6 +67,13 @@ def _is_flash(q: Tensor, queries: int, keys: int, dropout_p: float) -> bool:
     if q.device.type != "cpu" or q.dtype != torch.float32 or dropout_p:
         return False
     return min(queries, keys) >= LONG_ROW or torch.backends.cpu.get_cpu_capability() != "AVX512"
+
+
+def _is_sdpa(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> bool:
+    """Whether a call without mask is no more than SDPA's flash path, and not being compiled."""
+    if torch.compiler.is_compiling() or not _is_flash(q, q.shape[2], k.shape[2], dropout_p):
+        return False
+    return not _by_triton("cross_attention", q, k, v)
 
 
 def _for_flash(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -273,8 +281,11 @@ def cross_attention(
             CPU; on a card with SIMLA_KERNELS_DEBUG=1, since it waits for the device).
     """
     _check(q, k, v, key_mask, kv_index)
-    p = float(dropout_p)
-    out, _, row = _forward(q, k, v, key_mask, kv_index, p, as_seed("cross_attention", seed, p), return_cls_row)
+    p, seed = float(dropout_p), as_seed("cross_attention", seed, dropout_p)
+    if key_mask is None and not return_cls_row and _is_sdpa(q, k, v, p):  # autograd's own nodes cost less
+        _check_range("cross_attention", kv_index, k.shape[0])
+        return F.scaled_dot_product_attention(q, _read_by(kv_index, k), _read_by(kv_index, v))
+    out, _, row = _forward(q, k, v, key_mask, kv_index, p, seed, return_cls_row)
     return (out, row) if return_cls_row else out
 
 
