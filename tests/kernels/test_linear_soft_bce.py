@@ -229,7 +229,7 @@ def test_a_broken_head_is_seen(name: str, monkeypatch: pytest.MonkeyPatch):
         ({"bias": torch.zeros(36)}, r"bias \(36,\) torch.float32 must be \(37,\)"),
         ({"teacher_h": torch.zeros(30, 16)}, r"teacher_h \(30, 16\) must be \(31, K\)"),
         ({"teacher_h": None}, "teacher_h is missing"),
-        ({"keyword_ids": torch.zeros(31, 17, dtype=torch.int64)}, r"keyword_ids \(31, 17\) .* \(31, at most 16\)"),
+        ({"keyword_ids": torch.zeros(31, 65, dtype=torch.int64)}, r"keyword_ids \(31, 65\) .* \(31, at most 64\)"),
         ({"keyword_ids": torch.zeros(30, 5, dtype=torch.int64)}, r"keyword_ids \(30, 5\) torch.int64 must be \(31,"),
         ({"keyword_ids": torch.zeros(31, dtype=torch.int64)}, r"keyword_ids \(31,\)"),
         ({"keyword_ids": torch.zeros(31, 5)}, r"keyword_ids \(31, 5\) torch.float32 must be .* torch.int64"),
