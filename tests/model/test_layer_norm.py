@@ -16,7 +16,7 @@ class FusedLayerNorm(nn.LayerNorm):
 def install(monkeypatch, *names: str) -> None:
     for name in names:
         module = ModuleType(name)
-        module.FusedLayerNorm = FusedLayerNorm  # type: ignore[attr-defined]
+        module.FusedLayerNorm = FusedLayerNorm  # type: ignore[attr-defined]  a stand-in is given its one name
         monkeypatch.setitem(sys.modules, name, module)
 
 

@@ -23,7 +23,8 @@ def test_packing_and_padding_undo_each_other_and_leave_zeros():
     rows, x = make_rows(), random(3, WIDTH, 2)
     packed = rows.pack(x)
     assert torch.equal(packed, torch.cat([x[0, :3], x[1, :1], x[2, :5]]))
-    assert torch.equal(rows.pad(packed), x.masked_fill(~rows.mask[..., None], 0.0))  # type: ignore[operator]
+    assert rows.mask is not None
+    assert torch.equal(rows.pad(packed), x.masked_fill(~rows.mask[..., None], 0.0))
     assert rows.total == 9
     everything = make_rows(padded=True)
     assert torch.equal(everything.pad(everything.pack(x)), x)

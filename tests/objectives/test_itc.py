@@ -38,8 +38,8 @@ def make_step(fidelity: str = "corrected", fill: int = 5) -> tuple[ImageTextCont
     temperature = torch.tensor([TEMPERATURE], requires_grad=True)
     official = fidelity == "official"
     step = StepFeatures(student, teacher, similarities(student, teacher, batch, temperature, queue, official=official))
-    config = ObjectivesConfig(fidelity=fidelity)  # type: ignore[arg-type]
-    networks = Networks(None, None)  # type: ignore[arg-type]
+    config = ObjectivesConfig(fidelity=fidelity)  # type: ignore[arg-type]  one of two, by parametrize
+    networks = Networks(None, None)  # type: ignore[arg-type]  ITC has no head
     return ImageTextContrast(networks, config, VocabularyConfig(size=50)), batch, step, temperature
 
 

@@ -17,8 +17,9 @@ PAD, CLS, SEP = 0, 2, 3
 
 
 def make_objective(fidelity: str = "corrected", **psl: Any) -> PseudoLabelledKeywords:
-    config = ObjectivesConfig(fidelity=fidelity, psl=PseudoLabelConfig(**psl))  # type: ignore[arg-type]
-    return PseudoLabelledKeywords(Networks(None, None), config, VocabularyConfig(size=50))  # type: ignore[arg-type]
+    config = ObjectivesConfig(fidelity=fidelity, psl=PseudoLabelConfig(**psl))  # type: ignore[arg-type]  keys by name
+    networks = Networks(None, None)  # type: ignore[arg-type]  keywords need no head
+    return PseudoLabelledKeywords(networks, config, VocabularyConfig(size=50))
 
 
 def caption(*ids: int, words: list[int] | None = None) -> Batch:
@@ -104,7 +105,7 @@ def test_a_word_said_twice_counts_once():
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum_over_words"])
 def test_loss_equals_two_binary_cross_entropies(alpha: float, reduction: str):
-    task = make_task(run_config(psl=PseudoLabelConfig(reduction=reduction)))  # type: ignore[arg-type]
+    task = make_task(run_config(psl=PseudoLabelConfig(reduction=reduction)))  # type: ignore[arg-type]  of two
     with torch.no_grad():
         result = task(make_batch([7, 4, 6]), alpha=alpha, keep=True)
         features, objective = result["features"], task.objectives["psl"]

@@ -14,7 +14,7 @@ LENGTHS = [7, 4, 6, 5]
 
 
 def make(**xmm: object) -> PretrainTask:
-    return make_task(run_config(xmm=CrossModalConfig(**xmm)))  # type: ignore[arg-type]
+    return make_task(run_config(xmm=CrossModalConfig(**xmm)))  # type: ignore[arg-type]  keys of many types
 
 
 @torch.no_grad()
