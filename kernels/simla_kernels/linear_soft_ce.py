@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simla_kernels import dispatch
+from simla_kernels import dispatch, linear_autograd
 from simla_kernels.dispatch import Operation
 from simla_kernels.linear_chunks import (
     Gradients,
@@ -20,7 +20,6 @@ from simla_kernels.linear_chunks import (
     add_biases,
     check_device,
     check_head,
-    empty_gradients,
     exact,
     gradients_times,
     keeps_dz,
@@ -154,27 +153,7 @@ def _sum(
     return losses.sum(), made.h, made.weight, made.bias
 
 
-@_sum.register_fake
-def _(h, weight, bias, teacher_h, teacher_weight, teacher_bias, labels, alpha, wanted):
-    return h.new_empty((), dtype=exact(h.dtype)), *empty_gradients(h, weight, wanted)
-
-
-def _sum_context(ctx, inputs, output):
-    h, weight, wanted = inputs[0], inputs[1], inputs[-1]
-    ctx.kept, ctx.wanted = wanted[1] and keeps_dz(h, weight), wanted
-    ctx.save_for_backward(h, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _sum_backward(ctx, grad_out, *_):
-    if grad_out is None:
-        return (None,) * 9
-    h, *gradients = ctx.saved_tensors
-    return *gradients_times(grad_out, Gradients(*gradients), h, ctx.kept, ctx.wanted), *(None,) * 6
-
-
-_sum.register_autograd(_sum_backward, setup_context=_sum_context)
+linear_autograd.register(_sum)
 
 
 @torch.library.custom_op("simla_kernels::linear_soft_ce_rows", mutates_args=())
