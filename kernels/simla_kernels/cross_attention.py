@@ -69,11 +69,30 @@ def _is_flash(q: Tensor, queries: int, keys: int, dropout_p: float) -> bool:
     return queries >= LONG_ROW or torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
-def _is_sdpa(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> bool:
-    """Whether a call without mask is no more than SDPA's flash path, and not being compiled."""
-    if torch.compiler.is_compiling() or not _is_flash(q, q.shape[2], k.shape[2], dropout_p):
-        return False
-    return not _by_triton("cross_attention", q, k, v)
+def _by_autograd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor | None, dropout_p: float, cls: bool
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """Return cross_attention's result by PyTorch's own nodes where these serve as well as the custom op, else None.
+
+    On a CPU they cost less: they keep the copies of k and v that a product makes. Dropout, half precision (shared keys
+    are summed in fp32), masked flash and compiled code are the custom op's.
+    """
+    is_flash = _is_flash(q, q.shape[2], k.shape[2], dropout_p)
+    if (
+        q.device.type != "cpu"
+        or q.dtype not in (torch.float32, torch.float64)
+        or dropout_p
+        or (is_flash and (mask is not None or cls))
+        or torch.compiler.is_compiling()
+        or _by_triton("cross_attention", q, k, v)
+    ):
+        return None
+    _check_range("cross_attention", index, k.shape[0])
+    k, v, mask = _read_by(index, k), _read_by(index, v), None if mask is None else _read_by(index, mask)
+    if is_flash:
+        return F.scaled_dot_product_attention(q, k, v)
+    weights = _weights(q, k, mask)
+    return (weights @ v, weights[:, :, 0].detach().float()) if cls else weights @ v
 
 
 def _for_flash(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -282,9 +301,9 @@ def cross_attention(
     """
     _check(q, k, v, key_mask, kv_index)
     p, seed = float(dropout_p), as_seed("cross_attention", seed, dropout_p)
-    if key_mask is None and not return_cls_row and _is_sdpa(q, k, v, p):  # autograd's own nodes cost less
-        _check_range("cross_attention", kv_index, k.shape[0])
-        return F.scaled_dot_product_attention(q, _read_by(kv_index, k), _read_by(kv_index, v))
+    made = _by_autograd(q, k, v, key_mask, kv_index, p, return_cls_row)
+    if made is not None:
+        return made
     out, _, row = _forward(q, k, v, key_mask, kv_index, p, seed, return_cls_row)
     return (out, row) if return_cls_row else out
 
