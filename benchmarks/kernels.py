@@ -23,7 +23,8 @@ from benchmarks.compilation import README, write_section
 from benchmarks.head_orders import IGNORED, Head, mlm_official_order, xmm_official_order
 from benchmarks.peak_memory import peak_growth_mib
 from benchmarks.timing import alternate, environment
-from simla_kernels import cross_attention, dispatch, dropout_add_layer_norm, linear_soft_ce
+from benchmarks.tuning import tune
+from simla_kernels import cross_attention, dispatch, dropout_add_layer_norm, linear_soft_ce, tuned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ATTENTION = {
@@ -189,6 +190,24 @@ def measure(device: torch.device, dtypes: list[str], repeats: int, only: str) ->
     return results
 
 
+def tune_all(device: torch.device, dtypes: list[str], only: str, path: Path) -> int:
+    """Look for faster configurations case by case; store what is found after each."""
+    import triton.testing
+
+    def median(run: Callable[[], object]) -> float:
+        taken: Any = triton.testing.do_bench(run, return_mode="median")
+        return taken
+
+    for dtype in dtypes:
+        for name, contenders in cases(device, DTYPES[dtype]):
+            if only in name:
+                run: Any = contenders["ours"]
+                found = tune(run, median)
+                tuned.store(path, device, found)
+                print(f"{dtype:5} {name:58} {len(found)} faster configuration(s)", flush=True)
+    return 0
+
+
 def _on_card(contenders: Contenders) -> dict[str, dict[str, float]]:
     import triton.testing
 
@@ -233,9 +252,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures")
     parser.add_argument("--write", action="store_true", help="put the tables into kernels/README.md")
+    parser.add_argument(
+        "--tune", type=Path, metavar="FILE", help=f"on a card: store faster launch configurations, for {tuned.VARIABLE}"
+    )
     arguments = parser.parse_args(argv)
     device, where = torch.device(arguments.device), environment()
     torch.manual_seed(0)
+    if arguments.tune:
+        if device.type != "cuda":
+            parser.error("--tune times Triton's kernels and needs a card: --device cuda")
+        return tune_all(device, arguments.dtype, arguments.only, arguments.tune)
     if device.type == "cuda":
         print(
             "\n".join(f"{op}: {dispatch.backend(op, **_arguments(op, device))}" for op in sorted(dispatch.OPERATIONS))

@@ -2,13 +2,17 @@
 
 They were chosen by compiling for every architecture of launching.ARCHITECTURES (no spills, few enough registers,
 shared memory within the smallest card's limit); no card has timed them yet. One configuration serves all cards unless
-OVERRIDES names another for an architecture.
+OVERRIDES names another for an architecture, or a file of tuned ones (tuning.py, opt-in) has one for this very card.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
+from simla_kernels import tuned
 from simla_kernels.launching import LaunchConfig, architecture
 
 CONFIGS: dict[tuple[str, str], LaunchConfig] = {
@@ -67,6 +71,23 @@ OVERRIDES: dict[tuple[str, str, str], LaunchConfig] = {
 """(kernel, size class, architecture) -> what suits that architecture better."""
 
 
+_trial: dict[tuple[str, str], LaunchConfig] | None = None
+
+
 def config(kernel: str, size_class: str, device: torch.device) -> LaunchConfig:
     """Return the configuration of a kernel on a device."""
-    return OVERRIDES.get((kernel, size_class, architecture(device)), CONFIGS[kernel, size_class])
+    fixed = OVERRIDES.get((kernel, size_class, architecture(device)), CONFIGS[kernel, size_class])
+    if _trial is not None:
+        return _trial.setdefault((kernel, size_class), fixed)
+    return tuned.configs(device).get((kernel, size_class), fixed)
+
+
+@contextmanager
+def trying(chosen: dict[tuple[str, str], LaunchConfig]) -> Iterator[None]:
+    """Within this context launches take `chosen`; what it lacks is added to it, as fixed, when it is asked for."""
+    global _trial
+    _trial = chosen
+    try:
+        yield
+    finally:
+        _trial = None

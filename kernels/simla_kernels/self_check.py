@@ -1,7 +1,7 @@
 """On a card where a kernel never ran, its numbers are checked before they are used: seconds, once per card and version.
 
 Three odd sizes, forward and every gradient against the definition in float64, and two runs that must agree bit by
-bit. The verdict is kept in a file, by card, versions and the kernels' own source.
+bit. The verdict is kept in a file, by card, versions, the kernels' own source and tuned configurations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from simla_kernels import checking, dispatch
+from simla_kernels import checking, dispatch, tuned
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest error in units of a result's largest entry."""
@@ -59,6 +59,7 @@ def _key(op: str, device: torch.device) -> str:
     source = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         source.update(path.read_bytes())
+    source.update(repr(sorted(tuned.configs(device).items())).encode())  # other configurations, another check
     return f"{op} | {card} | torch {torch.__version__} | triton {version('triton')} | {source.hexdigest()[:16]}"
 
 
