@@ -22,11 +22,11 @@ from simla_ds.data.visual_tokens import VisualTokenizer
 from simla_ds.downstream.retrieval import RECALL_AT, retrieve
 from simla_ds.model.simla import Simla
 from simla_ds.objectives import FeatureQueue
-from simla_ds.objectives.itc import EXCLUDED_LOGIT
+from simla_ds.objectives.itc import contrast_keys
 from simla_ds.objectives.psl import PseudoLabelledKeywords, average_precision
 from simla_ds.task import PretrainTask
 from simla_ds.teacher import Teacher
-from simla_ds.types import Batch, Similarities, StepFeatures
+from simla_ds.types import Batch, ContrastKeys, Features
 
 
 class HeldOut:
@@ -130,11 +130,10 @@ class Probe(PretrainTask):
         config = replace(config, objectives=replace(config.objectives, itm=matching))
         super().__init__(network, teacher, FeatureQueue(0, config.model.projection_size), config)
 
-    def features(self, batch: Batch, *, masked: bool = True) -> StepFeatures:
+    def contrast_keys(self, teacher: Features, batch: Batch) -> ContrastKeys:
         """As in training, without other ranks' copies of the batch."""
-        features = super().features(batch, masked=masked)
-        features.similarities = _own_rank_only(features.similarities, self.queue.filled)
-        return features
+        temperature, official = self.model.temperature(), self.config.official
+        return contrast_keys(teacher, batch, temperature, self.queue, official=official, alone=True)
 
 
 def pin_negatives(batch: Batch) -> Batch:
@@ -186,18 +185,6 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _own_rank_only(s: Similarities, queued: int) -> Similarities:
-    """Push keys of the batch that are not this rank's rows out of every softmax."""
-    others = torch.ones(s.image_to_text.shape[1], dtype=torch.bool, device=s.own_columns.device)
-    others[s.own_columns] = False
-    others[len(others) - queued :] = False
-    hidden = {
-        name: getattr(s, name).masked_fill(others, EXCLUDED_LOGIT)
-        for name in ("image_to_text", "text_to_image", "teacher_image_to_text", "teacher_text_to_image")
-    }
-    return replace(s, **hidden)
 
 
 def _terms(name: str, batch: Batch) -> int:

@@ -16,10 +16,10 @@ from simla_ds.config import Config
 from simla_ds.model.simla import Simla
 from simla_ds.objectives import OBJECTIVES, FeatureQueue, Objective
 from simla_ds.objectives.base import Networks
-from simla_ds.objectives.itc import similarities
+from simla_ds.objectives.itc import contrast_keys, entropy, similarities
 from simla_ds.passes import PASSES
 from simla_ds.teacher import Teacher
-from simla_ds.types import Batch, Outputs, Request, StepFeatures
+from simla_ds.types import Batch, ContrastKeys, Features, Outputs, Request, StepFeatures
 
 
 class PretrainTask(nn.Module):
@@ -79,7 +79,7 @@ class PretrainTask(nn.Module):
         return {name: objective for name, objective in self.objectives.items() if name != "xmm" or due}
 
     def features(self, batch: Batch, *, masked: bool = True) -> StepFeatures:
-        """Run what comes before any cross-modal pass, by student and teacher, and compare the two."""
+        """Run what comes before any cross-modal pass, by student and teacher, and collect ITC's keys."""
         xmm = self.config.objectives.xmm
         encoded = masked and xmm.text_keys == "encoded"
         student = self.passes.features(self.model, batch, masked=masked, every_text_token=encoded)
@@ -87,13 +87,12 @@ class PretrainTask(nn.Module):
             teacher = self.passes.features(
                 self.teacher.module, batch, masked=masked and xmm.distill, every_text_token=False
             )
-        return StepFeatures(
-            student=student,
-            teacher=teacher,
-            similarities=similarities(
-                student, teacher, batch, self.model.temperature(), self.queue, official=self.config.official
-            ),
-        )
+        return StepFeatures(student, teacher, self.contrast_keys(teacher, batch))
+
+    def contrast_keys(self, teacher: Features, batch: Batch) -> ContrastKeys:
+        """Return what the student's features are compared with."""
+        temperature = self.model.temperature()
+        return contrast_keys(teacher, batch, temperature, self.queue, official=self.config.official)
 
     def outputs(self, batch: Batch, features: StepFeatures, objectives: dict[str, Objective]) -> dict[str, Outputs]:
         """Collect every objective's requests and run them."""
@@ -120,11 +119,11 @@ class PretrainTask(nn.Module):
     @torch.no_grad()
     def _monitor(self, features: StepFeatures) -> dict[str, Tensor]:
         """Return what shows a collapse early: temperature, target entropy, spread of features, teacher's nearness."""
-        log_p = features.similarities.teacher_image_to_text.log_softmax(-1)
         student, teacher = features.student, features.teacher
+        of_teacher, _ = similarities(teacher, features.keys)
         return {
             "temperature": self.model.temperature().squeeze(),
-            "itc_target_entropy": -(log_p.exp() * log_p).sum(-1).mean(),
+            "itc_target_entropy": entropy(of_teacher).mean(),
             "image_feature_spread": _spread(student.image_feature),
             "text_feature_spread": _spread(student.text_feature),
             "teacher_student_cosine": (student.image_feature * teacher.image_feature).sum(-1).mean(),

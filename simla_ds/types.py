@@ -83,21 +83,25 @@ class Features:
 
 
 @dataclass
-class Similarities:
-    """Cosines divided by the temperature, float32: this rank's rows against keys of all ranks and the queue."""
+class ContrastKeys:
+    """What ITC compares this rank's rows with: the teacher's features of this batch and of the queue, no gradient."""
 
-    image_to_text: Tensor
-    """(B, G + Q) student images against teacher texts; G keys of the batch (all ranks, global order), Q queue rows."""
-    text_to_image: Tensor
-    """(B, G + Q)"""
-    teacher_image_to_text: Tensor
-    """(B, G + Q) teacher images against teacher texts, no gradient."""
-    teacher_text_to_image: Tensor
-    """(B, G + Q)"""
-    own_columns: Tensor
-    """(B,) int64 the column of each row's own pair."""
-    excluded: Tensor | None
-    """(B, G + Q) bool: another key of the same picture, neither positive nor negative; None in `official` fidelity."""
+    image: Tensor
+    """(G, E) float32: of all ranks, rank after rank, when corrected; this rank's, G = B, when official."""
+    text: Tensor
+    """(G, E)"""
+    image_id: Tensor | None
+    """(G,) int64: another key of an equal id is neither positive nor negative; None when official: every key counts."""
+    queue_image: Tensor
+    """(Q, E) float32, the filled rows of the queue, as views."""
+    queue_text: Tensor
+    """(Q, E)"""
+    queue_id: Tensor | None
+    """(Q,) int64; None when official."""
+    first: int
+    """Row b's own key is first + b."""
+    temperature: Tensor
+    """(1,) float32, with gradient."""
 
 
 @dataclass
@@ -106,7 +110,7 @@ class StepFeatures:
 
     student: Features
     teacher: Features
-    similarities: Similarities
+    keys: ContrastKeys
 
 
 class Read(Enum):

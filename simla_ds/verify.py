@@ -32,6 +32,7 @@ from simla_ds.model.official_names import our_name, split_teacher, translate
 from simla_ds.model.simla import Simla
 from simla_ds.model.weight_decay import parameter_groups
 from simla_ds.objectives import FeatureQueue
+from simla_ds.objectives.itc import similarities
 from simla_ds.objectives.psl import PseudoLabelledKeywords
 from simla_ds.task import PretrainTask
 from simla_ds.teacher import ModuleSource, Teacher
@@ -177,9 +178,10 @@ class RecordedStep:
         self.teacher.update(ModuleSource(self.model), self.config.teacher_momentum(self.description["batch"]))
         result = self.task(self.batch, alpha=alpha, keep=True)
         result["loss"].backward()
-        self.queue.push(**result["queue_rows"])
         self.losses = {"total": result["loss"].detach(), **result["losses"]}
+        # ITC's keys are views of the queue: they are read before it moves on
         self.details = details(self.task, self.batch, result["features"], result["outputs"])
+        self.queue.push(**result["queue_rows"])
         self.temperature = self.model.temperature().detach().clone()  # `after` is recorded before the optimizer step
         self.gradients = {
             name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in self.model.named_parameters()
@@ -289,7 +291,8 @@ def _recorded_queue(inputs: dict[str, Tensor], config: Config) -> FeatureQueue:
 @torch.no_grad()
 def details(task: PretrainTask, batch: Batch, features: StepFeatures, outputs: dict[str, Any]) -> dict[str, Tensor]:
     """Return intermediate results under the names that recordings use."""
-    student, teacher, s = features.student, features.teacher, features.similarities
+    student, teacher = features.student, features.teacher
+    image_to_text, text_to_image = similarities(student, features.keys)
     model, first = task.model, batch["patch_mask"][0]
     masked_of_first = int(first.sum())
     mlm_hidden = outputs["mlm"][1].flatten(0, 1).index_select(0, batch["label_index"])
@@ -307,8 +310,8 @@ def details(task: PretrainTask, batch: Batch, features: StepFeatures, outputs: d
         "image_feat_m": teacher.image_feature,
         "text_feat": student.text_feature,
         "text_feat_m": teacher.text_feature,
-        "sim_i2t": s.image_to_text,
-        "sim_t2i": s.text_to_image,
+        "sim_i2t": image_to_text,
+        "sim_t2i": text_to_image,
         "itm_logits": model.match_head(torch.cat([outputs["itm"][0], outputs["itm"][1]])),
         "mlm_logits_masked_positions": model.language_head(mlm_hidden),
         "masked_image_embeds_first_sample": student.masked_image_tokens[0],

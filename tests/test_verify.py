@@ -139,13 +139,13 @@ def no_ema_before_the_forward(patch: Patch) -> None:
 
 
 def queue_updated_before_ita(patch: Patch) -> None:
-    original, push = task_module.similarities, FeatureQueue.push
+    original, push = task_module.contrast_keys, FeatureQueue.push
 
-    def similarities(student: Any, teacher: Any, batch: Any, temperature: Tensor, queue: Any, **named: Any) -> Any:
+    def contrast_keys(teacher: Any, batch: Any, temperature: Tensor, queue: Any, **named: Any) -> Any:
         push(queue, teacher.image_feature, teacher.text_feature, batch["image_id"])
-        return original(student, teacher, batch, temperature, queue, **named)
+        return original(teacher, batch, temperature, queue, **named)
 
-    patch.setattr(task_module, "similarities", similarities)
+    patch.setattr(task_module, "contrast_keys", contrast_keys)
     patch.setattr(FeatureQueue, "push", lambda self, **rows: None)  # once is enough
 
 

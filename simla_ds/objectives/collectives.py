@@ -30,6 +30,16 @@ def gather_rows(rows: Tensor) -> Tensor:
     return _interleave(_all_gather(rows.detach()))
 
 
+def gather_by_rank(rows: Tensor) -> Tensor:
+    """Gather (B, ...) rows of all ranks into (W * B, ...), rank after rank, without gradient."""
+    return rows.detach() if world_size() == 1 else torch.cat(_all_gather(rows.detach()))
+
+
+def in_global_order(rows: Tensor) -> Tensor:
+    """Put what gather_by_rank returns into the order of gather_rows."""
+    return rows if world_size() == 1 else _interleave(list(rows.chunk(world_size())))
+
+
 def gather_rows_with_gradient(rows: Tensor) -> Tensor:
     """Gather (B, ...) rows of all ranks into (B * W, ...) in global order; each rank's rows get the summed gradient."""
     return rows if world_size() == 1 else _GatherRows.apply(rows)

@@ -1,6 +1,6 @@
 """Image-text contrast: does a picture lie nearer to its own caption than to others?  (SIMLA section 3.3, as ALBEF)
 
-B pairs, G keys of the batch (all ranks when corrected, this rank's when official), Q filled queue rows.
+B pairs, G keys of the batch (all ranks when corrected, this rank's when official), Q filled queue rows, E width.
 """
 
 from __future__ import annotations
@@ -9,48 +9,53 @@ import torch
 from torch import Tensor
 
 from simla_ds.objectives.base import Objective
-from simla_ds.objectives.collectives import gather_rows, own_rows
+from simla_ds.objectives.collectives import gather_by_rank, rank
 from simla_ds.objectives.feature_queue import FeatureQueue
-from simla_ds.objectives.soft_targets import soft_target_cross_entropy
-from simla_ds.types import Batch, Features, Outputs, Request, Similarities, StepFeatures
-
-EXCLUDED_LOGIT = -1e4
-"""Logit of a key that is neither positive nor negative. Finite: 0 * -inf would be NaN in the soft cross-entropy."""
+from simla_ds.types import Batch, ContrastKeys, Features, Outputs, Request, StepFeatures
+from simla_kernels import contrastive_loss
 
 
-def similarities(
-    student: Features, teacher: Features, batch: Batch, temperature: Tensor, queue: FeatureQueue, *, official: bool
-) -> Similarities:
-    """Compare the student's features with the teacher's features of this batch and of the queue.
+def contrast_keys(
+    teacher: Features, batch: Batch, temperature: Tensor, queue: FeatureQueue, *, official: bool, alone: bool = False
+) -> ContrastKeys:
+    """Collect the teacher's features that the student's are compared with; temperature is (1,) float32.
 
-    temperature is (1,) float32 and gets its gradient only here.
+    alone: this rank's only, where every rank has the same batch (evaluation).
     """
-    rows, device = student.image_feature.shape[0], student.image_feature.device
+    image, text, ids = teacher.image_feature, teacher.text_feature, batch["image_id"]
+    count, first = image.shape[0], 0
     queue_image, queue_text, queue_id = queue.keys()
-    if official:
-        batch_image, batch_text = teacher.image_feature, teacher.text_feature
-        own, excluded = torch.arange(rows, device=device), None
-    else:
-        batch_image, batch_text = gather_rows(teacher.image_feature), gather_rows(teacher.text_feature)
-        own = own_rows(rows, device)
-        key_id = torch.cat([gather_rows(batch["image_id"]), queue_id])
-        excluded = batch["image_id"][:, None] == key_id[None]
-        excluded[torch.arange(rows, device=device), own] = False
-
-    def compare(queries: Tensor, in_batch: Tensor, in_queue: Tensor) -> Tensor:
-        return torch.cat([queries @ in_batch.T, queries @ in_queue.T], dim=1) / temperature
-
-    with torch.no_grad():
-        teacher_i2t = compare(teacher.image_feature, batch_text, queue_text)
-        teacher_t2i = compare(teacher.text_feature, batch_image, queue_image)
-    return Similarities(
-        image_to_text=compare(student.image_feature, batch_text, queue_text),
-        text_to_image=compare(student.text_feature, batch_image, queue_image),
-        teacher_image_to_text=teacher_i2t,
-        teacher_text_to_image=teacher_t2i,
-        own_columns=own,
-        excluded=excluded,
+    if not (official or alone):
+        image, text, ids = gather_by_rank(image), gather_by_rank(text), gather_by_rank(ids)
+        first = rank() * count
+    return ContrastKeys(
+        image=image,
+        text=text,
+        image_id=None if official else ids,
+        queue_image=queue_image,
+        queue_text=queue_text,
+        queue_id=None if official else queue_id,
+        first=first,
+        temperature=temperature,
     )
+
+
+def similarities(features: Features, keys: ContrastKeys) -> tuple[Tensor, Tensor]:
+    """Return a network's cosines over temperature, image to text and text to image, (B, G + Q) float32 each.
+
+    The whole matrices, for people and proofs: the loss is computed without them.
+    """
+    texts, images = torch.cat([keys.text, keys.queue_text]), torch.cat([keys.image, keys.queue_image])
+    return (
+        features.image_feature @ texts.T / keys.temperature,
+        features.text_feature @ images.T / keys.temperature,
+    )
+
+
+def entropy(similarity: Tensor) -> Tensor:
+    """Return the entropy (nats) of each row's softmax, (B, K) -> (B,)."""
+    log_p = similarity.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 class ImageTextContrast(Objective):
@@ -62,31 +67,30 @@ class ImageTextContrast(Objective):
 
     def loss(self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float) -> Tensor:
         """Return the mean of the two directions' mean soft cross-entropies."""
-        s = features.similarities
-        losses = []
-        for logits, teacher in (
-            (s.image_to_text, s.teacher_image_to_text),
-            (s.text_to_image, s.teacher_text_to_image),
-        ):
-            targets = self.targets(teacher, s, alpha)
-            if s.excluded is not None:
-                logits = logits.masked_fill(s.excluded, EXCLUDED_LOGIT)
-            losses.append(soft_target_cross_entropy(logits, targets))
-        return (losses[0] + losses[1]) / 2
-
-    @staticmethod
-    def targets(teacher: Tensor, s: Similarities, alpha: float) -> Tensor:
-        """Return (B, G + Q): alpha of the teacher's distribution, 1 - alpha on the own pair."""
-        if s.excluded is not None:
-            teacher = teacher.masked_fill(s.excluded, EXCLUDED_LOGIT)
-        hard = torch.zeros_like(teacher).scatter_(1, s.own_columns[:, None], 1.0)
-        return alpha * teacher.softmax(-1) + (1 - alpha) * hard
+        student, keys = features.student, features.keys
+        loss, *_ = contrastive_loss(
+            student.image_feature,
+            student.text_feature,
+            keys.image,
+            keys.text,
+            keys.queue_image,
+            keys.queue_text,
+            keys.temperature,
+            alpha,
+            keys.image_id,
+            keys.queue_id,
+            keys.first,
+        )
+        return loss
 
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Entropy of the teacher's distribution (nats), and how often the own pair is the most similar key."""
-        s = features.similarities
-        count = torch.tensor(float(s.own_columns.shape[0]), device=s.own_columns.device)
-        log_p = s.teacher_image_to_text.log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1).sum()
-        right = (s.image_to_text.argmax(-1) == s.own_columns).float().sum()
-        return {"itc/target_entropy": torch.stack([entropy, count]), "itc/accuracy": torch.stack([right, count])}
+        similarity, _ = similarities(features.student, features.keys)
+        of_teacher, _ = similarities(features.teacher, features.keys)
+        rows = torch.arange(similarity.shape[0], device=similarity.device)
+        right = (similarity.argmax(-1) == rows + features.keys.first).float()
+        count = torch.tensor(float(len(rows)), device=similarity.device)
+        return {
+            "itc/target_entropy": torch.stack([entropy(of_teacher).sum(), count]),
+            "itc/accuracy": torch.stack([right.sum(), count]),
+        }

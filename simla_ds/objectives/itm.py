@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simla_ds.objectives.base import Objective
-from simla_ds.objectives.collectives import gather_rows, gather_rows_with_gradient, own_rows, world_size
+from simla_ds.objectives.collectives import (
+    gather_rows,
+    gather_rows_with_gradient,
+    in_global_order,
+    own_rows,
+    world_size,
+)
 from simla_ds.types import Batch, Outputs, Read, Request, StepFeatures
 
 SMOOTHING = 1e-4
@@ -77,18 +83,20 @@ class ImageTextMatching(Objective):
         """Return the wrong picture for each text and the wrong text for each picture, (B,) int64 each."""
         if "negative_image" in batch and "negative_text" in batch:
             return batch["negative_image"], batch["negative_text"]
-        allowed = self._allowed(batch)
-        s, uniform = features.similarities, batch["itm_draws"]
-        return (
-            self._draw(self._candidates(s.text_to_image, allowed), allowed, uniform[:, 0]),
-            self._draw(self._candidates(s.image_to_text, allowed), allowed, uniform[:, 1]),
-        )
+        allowed, uniform = self._allowed(batch), batch["itm_draws"]
+        to_images, to_texts = self.candidate_similarities(features)
+        return self._draw(to_images, allowed, uniform[:, 0]), self._draw(to_texts, allowed, uniform[:, 1])
 
-    def _candidates(self, similarity: Tensor, allowed: Tensor) -> Tensor:
-        """Pick the candidates' columns out of (B, G + Q) similarities."""
-        if allowed.shape[1] == allowed.shape[0] and not self.official:
-            return similarity.index_select(1, own_rows(allowed.shape[0], similarity.device))
-        return similarity[:, : allowed.shape[1]]
+    @torch.no_grad()
+    def candidate_similarities(self, features: StepFeatures) -> tuple[Tensor, Tensor]:
+        """Return the student's similarity of texts to candidate pictures and of pictures to candidate texts, (B, G)."""
+        student, keys = features.student, features.keys
+        if self._global:
+            images, texts = in_global_order(keys.image), in_global_order(keys.text)
+        else:
+            own = slice(keys.first, keys.first + student.image_feature.shape[0])
+            images, texts = keys.image[own], keys.text[own]
+        return student.text_feature @ images.T / keys.temperature, student.image_feature @ texts.T / keys.temperature
 
     def _allowed(self, batch: Batch) -> Tensor:
         """Return (B, G) bool: candidates that are not the pair's own picture (official: not the pair itself)."""
@@ -100,7 +108,7 @@ class ImageTextMatching(Objective):
     def _draw(self, similarity: Tensor, allowed: Tensor, uniform: Tensor) -> Tensor:
         """Draw a column per row by inverse CDF from (B, G) similarities and (B,) uniform numbers."""
         smoothing = 0.0 if self.official else SMOOTHING
-        weights = (similarity.detach().softmax(-1) + smoothing) * allowed
+        weights = (similarity.softmax(-1) + smoothing) * allowed
         cumulative = weights.cumsum(-1)
         threshold = uniform[:, None].to(cumulative.dtype) * cumulative[:, -1:]
         # a threshold rounded up to the total must not land behind the last allowed column

@@ -43,15 +43,15 @@ def test_draws_follow_the_weights_over_20000_draws_and_never_take_the_own_pictur
     # official knows no pictures, only pairs; corrected: pairs 0 and 3 show the same one
     image_id = [0, 1, 2, 0, 4] if fidelity == "corrected" else [0, 1, 2, 3, 4]
     _, objective, batch, features = make_step(image_id, fidelity)
-    s = features.similarities
-    s.image_to_text, s.text_to_image = s.image_to_text / 8, s.text_to_image / 8  # no weight below 1 %
+    features.keys.temperature = features.keys.temperature * 8  # no weight below 1 %
+    candidates = objective.candidate_similarities(features)
     generator, repeats = torch.Generator().manual_seed(0), 4_000
     counts = torch.zeros(2, ROWS, ROWS)
     for _ in range(repeats):
         batch["itm_draws"] = torch.rand(ROWS, 2, generator=generator)
         for direction, drawn in enumerate(objective.draw_negatives(batch, features)):
             counts[direction, torch.arange(ROWS), drawn] += 1
-    for direction, similarity in enumerate((s.text_to_image, s.image_to_text)):
+    for direction, similarity in enumerate(candidates):
         wanted = weights(similarity, image_id, smoothing) * repeats
         impossible = wanted == 0
         assert not counts[direction][impossible].any()
@@ -62,10 +62,11 @@ def test_draws_follow_the_weights_over_20000_draws_and_never_take_the_own_pictur
 
 @pytest.mark.parametrize("uniform", [0.0, 1e-7, 0.5, 1 - 2**-24, math.nextafter(1.0, 0.0)])
 @pytest.mark.parametrize("own", [0, 2, 4])  # the excluded column is the first, inside, the last
-def test_inverse_cdf_stays_among_allowed_columns_at_its_ends(uniform: float, own: int):
+def test_inverse_cdf_stays_among_allowed_columns_at_its_ends(uniform: float, own: int, monkeypatch: pytest.MonkeyPatch):
     _, objective, batch, features = make_step([0, 1, 2, 3, 4])
-    features.similarities.text_to_image[:] = 0.0
-    features.similarities.text_to_image[:, own] = 200.0  # all of the softmax lies on one column, for row `own` its own
+    similarity = torch.zeros(ROWS, ROWS)
+    similarity[:, own] = 200.0  # all of the softmax lies on one column, for row `own` its own
+    monkeypatch.setattr(objective, "candidate_similarities", lambda _: (similarity, similarity))
     batch["itm_draws"] = torch.full((ROWS, 2), uniform)
     wrong_image, wrong_text = objective.draw_negatives(batch, features)
     for drawn in (wrong_image, wrong_text):
@@ -126,11 +127,11 @@ def test_a_batch_of_one_picture_trains_on_with_finite_numbers():
         assert all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
 
 
-def test_similarities_that_underflow_still_leave_every_candidate_a_chance():
+def test_similarities_that_underflow_still_leave_every_candidate_a_chance(monkeypatch: pytest.MonkeyPatch):
     """A multinomial over exact zeros raises; the published code stops there (ALBEF issues 18, 93, 131)."""
     _, objective, batch, features = make_step([0, 1, 2, 3, 4])
-    features.similarities.text_to_image[:] = -1e4
-    features.similarities.text_to_image.fill_diagonal_(1e4)
+    similarity = torch.full((ROWS, ROWS), -1e4).fill_diagonal_(1e4)
+    monkeypatch.setattr(objective, "candidate_similarities", lambda _: (similarity, similarity))
     for uniform, wanted in ((0.1, [1, 0, 0, 0, 0]), (0.9, [4, 4, 4, 4, 3])):
         batch["itm_draws"] = torch.full((ROWS, 2), uniform)
         assert objective.draw_negatives(batch, features)[0].tolist() == wanted
