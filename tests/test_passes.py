@@ -17,6 +17,7 @@ from simla_ds.config import (
     StreamConfig,
     TeacherConfig,
 )
+from simla_ds.model import rows
 from simla_ds.task import PretrainTask
 from simla_ds.types import Batch, Read, Request
 from tests.tiny import ALBEF, STREAM, make_batch, make_task, run_config
@@ -109,6 +110,23 @@ def test_fast_equals_plain_with_every_drawn_caption_the_longest_and_with_every_o
         batch = make_batch(LENGTHS)
         batch["negative_image"], batch["negative_text"] = torch.tensor([1, 0, 1, 0]), torch.full((4,), drawn)
         assert_fast_equals_plain(batch)
+
+
+@FIDELITIES
+@LAYOUTS
+def test_fast_equals_plain_with_attention_by_length_as_on_a_card(
+    stream: StreamConfig, fidelity: str, monkeypatch: pytest.MonkeyPatch
+):
+    """By cross_attention_varlen's PyTorch path; the wrong captions that ITM draws have hidden tokens."""
+    calls = []
+
+    def by_length(device: torch.device, queries: rows.Rows, keys: rows.Rows) -> bool:
+        calls.append(queries.index is not None or keys.index is not None)
+        return calls[-1]
+
+    monkeypatch.setattr(rows, "_by_length", by_length)
+    assert_fast_equals_plain(make_batch(LENGTHS), stream=stream, fidelity=fidelity)
+    assert any(calls)
 
 
 @pytest.mark.parametrize("step", [0, 1])

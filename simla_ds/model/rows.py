@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simla_kernels import cross_attention
+from simla_kernels import cross_attention, cross_attention_varlen
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Rows:
     index: Tensor | None = None
     """(T,) int64 ascending: the kept ones among the (R * L) slots; None: all are kept."""
     mask: Tensor | None = None
-    """(R, L) bool, True at slots that may be attended to (a kept slot may be hidden); None: every kept one."""
+    """(R, L) bool, True at slots that may be attended to (a kept slot may be hidden); None: every kept one. Where rows
+    are packed, a row's hidden slots stand behind its visible ones."""
 
     @classmethod
     def dense(cls, x: Tensor, mask: Tensor | None = None) -> Rows:
@@ -69,6 +70,10 @@ class Rows:
         """Return where the first slot of each row stands, (R,) int64."""
         return self.slots(torch.arange(self.count, device=device) * self.width)
 
+    def bounds(self, device: torch.device) -> Tensor:
+        """Return where each row starts among the T, and T: (R + 1,) int64."""
+        return self.slots(torch.arange(self.count + 1, device=device) * self.width)
+
     def positions(self, device: torch.device) -> Tensor:
         """Return where each kept slot stands in its row, (T,) int64."""
         index = torch.arange(self.total, device=device) if self.index is None else self.index
@@ -95,7 +100,7 @@ def attend(
 ) -> Tensor:
     """Attend row by row: what `queries` keeps asks, what `keys` keeps and does not hide answers.
 
-    The one place that knows how attention of packed rows is computed: padded, by `cross_attention`.
+    The one place that knows how attention of packed rows is computed: by their lengths on a card, padded on a CPU.
 
     Args:
         q: (Tq, H, d). k, v: (Tk, H, d).
@@ -106,10 +111,30 @@ def attend(
     Returns:
         (Tq, H, d).
     """
+    if len(q) and _by_length(q.device, queries, keys):
+        return _attend_by_length(q, k, v, queries, keys, key_row, dropout_p)
     asked, answering, answer = (rows.pad(x).transpose(1, 2) for rows, x in ((queries, q), (keys, k), (keys, v)))
     out = cross_attention(asked, answering, answer, keys.mask, key_row, dropout_p)
     assert isinstance(out, Tensor)  # a pair only where the weights are asked for
     return queries.pack(out.transpose(1, 2))
+
+
+def _by_length(device: torch.device, queries: Rows, keys: Rows) -> bool:
+    """Whether rows are packed and the device gains by leaving them so: PyTorch's products on a CPU need them padded."""
+    return device.type != "cpu" and not (queries.index is None and keys.index is None)
+
+
+def _attend_by_length(
+    q: Tensor, k: Tensor, v: Tensor, queries: Rows, keys: Rows, key_row: Tensor | None, dropout_p: float
+) -> Tensor:
+    starts, row = keys.bounds(q.device), key_row
+    if keys.mask is not None:  # each row twice: its visible tokens, and the hidden ones behind them, which nobody reads
+        visible = starts[:-1] + keys.mask.sum(1)
+        starts = torch.cat([torch.stack([starts[:-1], visible], 1).flatten(), starts[-1:]])
+        row = 2 * (torch.arange(keys.count, device=q.device) if key_row is None else key_row)
+    out = cross_attention_varlen(q, k, v, queries.bounds(q.device), starts, queries.width, keys.width, row, dropout_p)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def first_attention(q: Tensor, k: Tensor, rows: Rows) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from simla_ds.model import rows as rows_module
 from simla_ds.model.rows import Rows, attend, first_attention
 from simla_kernels import cross_attention_reference
 
@@ -54,6 +55,13 @@ def test_joined_rows_hold_the_tokens_of_all_parts_in_order():
     assert Rows.join([Rows(2, 4), Rows(3, 4)]) == Rows(5, 4)
 
 
+@pytest.fixture(params=["padded", "by length"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attend as on a CPU, and as on a card (there by cross_attention_varlen's PyTorch path)."""
+    monkeypatch.setattr(rows_module, "_by_length", lambda *_: request.param == "by length")
+
+
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_of_packed_rows_is_that_of_each_row_by_itself(padded: bool):
     """Rows read their own tokens, or another row's; padding that is kept is never read."""
@@ -71,6 +79,7 @@ def test_attention_of_packed_rows_is_that_of_each_row_by_itself(padded: bool):
             torch.testing.assert_close(out[r, :length].transpose(0, 1), wanted[0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("attention")
 def test_tokens_that_ask_alone_get_what_they_get_among_all():
     rows, x = make_rows(), [random(9, HEADS, SIZE, seed=i) for i in range(3)]
     slots = torch.tensor([0, 2, 5, 8])  # none of row 1
@@ -78,6 +87,20 @@ def test_tokens_that_ask_alone_get_what_they_get_among_all():
     torch.testing.assert_close(some, attend(x[0], x[1], x[2], rows, rows)[slots], atol=1e-6, rtol=0)
     nobody = torch.empty(0, dtype=torch.long)
     assert attend(x[0][nobody], x[1], x[2], rows.take(nobody), rows).shape == (0, HEADS, SIZE)
+
+
+def test_by_length_hidden_tokens_get_no_gradient_and_others_the_same_as_padded(monkeypatch: pytest.MonkeyPatch):
+    rows = Rows.join([make_rows(), make_rows([2, 6], padded=True)])  # packed, and two rows with hidden slots
+    made = []
+    for by_length in (False, True):
+        monkeypatch.setattr(rows_module, "_by_length", lambda *_, by_length=by_length: by_length)
+        x = [random(rows.total, HEADS, SIZE, seed=i).requires_grad_() for i in range(3)]
+        out = attend(x[0], x[1], x[2], rows, rows, torch.tensor([3, 3, 0, 4, 1]))
+        made.append([out, *torch.autograd.grad(out, x, random(*out.shape, seed=9))])
+    for by_length, padded in zip(made[1], made[0], strict=True):
+        torch.testing.assert_close(by_length, padded, atol=1e-9, rtol=0)
+    assert not made[1][2][11:15].any()  # row 3 has 2 of 6 slots visible
+    assert made[1][2][9:11].all()
 
 
 def test_the_first_tokens_attention_is_zero_at_padding_and_sums_to_one():
