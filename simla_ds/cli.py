@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from simla_ds import __version__
@@ -93,6 +94,8 @@ def _command(
 
 
 def _add_prepare(commands) -> None:
+    from simla_ds.data.convert.command import add_sources
+
     prepare = _command(commands, "prepare", "make training data")
     kinds = prepare.add_subparsers(title="kinds of data", metavar="KIND", required=True)
     scenes = _command(
@@ -108,6 +111,7 @@ def _add_prepare(commands) -> None:
     scenes.add_argument("--seed", type=int, default=0, metavar="N", help="every random choice follows from it")
     scenes.add_argument("--size", type=_positive, default=128, metavar="PIXELS", help="side of a picture")
     scenes.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
+    add_sources(partial(_command, kinds))
 
 
 def _add_verify(commands) -> None:
