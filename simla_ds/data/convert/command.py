@@ -38,15 +38,47 @@ def _add_common(parser: argparse.ArgumentParser, out_required: bool) -> None:
     parser.add_argument("--licence", default="", metavar="TEXT", help="kept in the manifest")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    filters = parser.add_argument_group("filters", "all off unless asked for; the manifest records each")
+    number: dict[str, Any] = {"type": int, "default": 0, "metavar": "N"}
+    filters.add_argument("--min-side", **number, help="drop pictures with a shorter side below N pixels")
+    filters.add_argument(
+        "--max-aspect", type=float, default=0, metavar="X", help="drop pictures X times as long as wide"
+    )
+    filters.add_argument(
+        "--captions",
+        choices=("as-is", "reference", "modern"),
+        default="as-is",
+        help="reference: as the official implementation cleans them; modern: mended, case and punctuation kept",
+    )
+    filters.add_argument("--min-words", **number, help="drop captions with fewer words")
+    filters.add_argument("--max-words", **number, help="drop captions with more words")
+    filters.add_argument(
+        "--language", default="", metavar="CODE", help="drop captions clearly in another (en, de, ...)"
+    )
+    filters.add_argument("--drop-boilerplate", action="store_true", help='drop "stock photo", file names and the like')
+    filters.add_argument(
+        "--duplicates",
+        choices=("off", "exact", "near"),
+        default="off",
+        help="drop pictures that were there before under another image id: the same file, or the same look",
+    )
+    filters.add_argument(
+        "--near-distance", type=int, default=4, metavar="BITS", help="of 64 in which same looks may differ"
+    )
+    filters.add_argument(
+        "--against", nargs="+", default=(), metavar="SHARDS", help="drop pictures that are in these evaluation sets"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from simla_ds.data.convert.in_place import check_in_place
-    from simla_ds.data.convert.pictures import Settings
+    from simla_ds.data.convert.settings import Settings
     from simla_ds.data.convert.writer import convert
 
     given = vars(arguments)
-    settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
+    settings = Settings(
+        **{field.name: given[field.name] for field in fields(Settings)} | {"against": tuple(given["against"])}
+    )
     running: dict[str, Any] = {"workers": arguments.workers, "progress": not arguments.quiet}
     if arguments.out is None:
         manifest = check_in_place(arguments.shards, settings, **running)

@@ -1,42 +1,28 @@
-"""What a worker does to a row: read it as the loader would, check it, make the picture smaller."""
+"""What a worker does to a row: read it as the loader would, filter it, make the picture smaller."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
+from simla_ds.data.convert.cleaning import CaptionFilter
+from simla_ds.data.convert.duplicates import LOOK_ROOM, Fingerprint, fingerprint
 from simla_ds.data.convert.rows import AnyRow
-from simla_ds.data.sample import SkipSample, decode_picture, open_picture, picture_bytes, read_record
+from simla_ds.data.convert.settings import Settings
+from simla_ds.data.sample import Record, SkipSample, decode_picture, open_picture, picture_bytes, read_record
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything that decides what is written, whatever the source; recorded in the manifest."""
-
-    shard_size: int = 1000
-    """Pictures per shard."""
-    shorter_side: int = 0
-    """Larger pictures are made smaller, to this many pixels along the shorter side, aspect kept; 0: never."""
-    quality: int = 90
-    """JPEG quality of pictures that were made smaller."""
-    licence: str = ""
-    """What the manifest says about the licence."""
-
-    def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ValueError(f"--shard-size must be at least 1, got {self.shard_size}")
-        if self.shorter_side < 0:
-            raise ValueError(f"--shorter-side must be 0 or more, got {self.shorter_side}")
-        if not 1 <= self.quality <= 95:
-            raise ValueError(f"--quality must be 1 to 95, got {self.quality}")
+class Dropped(Exception):
+    """A row that could be used but is filtered out; says why."""
 
 
 @dataclass
@@ -49,6 +35,10 @@ class Outcome:
     members: Mapping[str, bytes] | None = None
     """What the shard gets; None when dropped, or when only the verdict was asked for."""
     captions: int = 0
+    captions_dropped: dict[str, int] = field(default_factory=dict)
+    """Captions left out of a picture that is kept, by reason."""
+    fingerprint: Fingerprint | None = None
+    """When pictures are compared."""
 
 
 @dataclass(frozen=True)
@@ -65,32 +55,53 @@ class Judge:
 
     def judge(self, row: AnyRow) -> Outcome:
         """Read and check one row."""
+        outcome = Outcome(row.name)
         try:
             members = row.members()
             record = read_record(row.name, members)
-            extension, data = self._fit(picture_bytes(members))
+            captions = self._captions(record, outcome)
+            extension, data = self._picture(picture_bytes(members), record, outcome)
         except SkipSample as skip:
             return Outcome(row.name, skip.reason)
-        captions = list(record.captions)
+        except Dropped as dropped:
+            return Outcome(row.name, str(dropped))
+        if not self.content:
+            return outcome
         fields: dict[str, Any] = {"caption": captions[0] if len(captions) == 1 else captions}
         if record.image_name is not None:
             fields["image_id"] = record.image_name
         fields["source"] = row.name.encode("utf-8", "replace").decode()
-        made = {extension: data, "json": json.dumps(fields, ensure_ascii=False).encode()} if self.content else None
-        return Outcome(row.name, members=made, captions=len(captions))
+        outcome.members = {extension: data, "json": json.dumps(fields, ensure_ascii=False).encode()}
+        return outcome
 
-    def _fit(self, data: bytes) -> tuple[str, bytes]:
-        """Extension and content to write: as it came when it is small enough. Raises SkipSample."""
-        picture = open_picture(data)
+    def _captions(self, record: Record, outcome: Outcome) -> list[str]:
+        """Captions to write. Raises Dropped, with the first one's reason, when none is left."""
+        verdicts = [*map(CaptionFilter(self.settings), record.captions)]
+        reasons = [reason for _, reason in verdicts if reason]
+        if len(reasons) == len(verdicts):
+            raise Dropped(reasons[0])
+        outcome.captions, outcome.captions_dropped = len(verdicts) - len(reasons), dict(Counter(reasons))
+        return [caption for caption, reason in verdicts if not reason]
+
+    def _picture(self, data: bytes, record: Record, outcome: Outcome) -> tuple[str, bytes]:
+        """Extension and content to write: as it came when it is small enough. Raises SkipSample, Dropped."""
+        picture, settings = open_picture(data), self.settings
         width, height, extension = picture.width, picture.height, _EXTENSIONS[str(picture.format)]
-        side = self.settings.shorter_side
+        shorter, longer = sorted((width, height))
+        if shorter < settings.min_side:
+            raise Dropped("picture too small")
+        if settings.max_aspect and longer > settings.max_aspect * shorter:
+            raise Dropped("picture too long")
         # twice the size wanted, for Lanczos to work on; an eighth is enough to find where a file breaks off
-        room = math.ceil(2 * side * math.sqrt(max(width, height) / min(width, height))) if side else 1
-        picture = decode_picture(picture, room)
-        if not side or min(width, height) <= side:
+        side = settings.shorter_side
+        room = math.ceil(2 * side * math.sqrt(longer / shorter)) if side else 1
+        picture = decode_picture(picture, max(room, LOOK_ROOM if settings.looks else 1))
+        if settings.compares:
+            outcome.fingerprint = fingerprint(data, picture, record.image_name, settings.looks)
+        if not side or shorter <= side:
             return extension, data
         shrink = side / min(picture.size)
         size = (max(side, round(picture.width * shrink)), max(side, round(picture.height * shrink)))
         buffer = io.BytesIO()
-        picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=self.settings.quality)
+        picture.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=settings.quality)
         return "jpg", buffer.getvalue()

@@ -27,9 +27,12 @@ import PIL
 
 from simla_ds import __version__
 from simla_ds.data.convert import SOURCES
-from simla_ds.data.convert.pictures import Judge, Outcome, Settings
+from simla_ds.data.convert.cleaning import require_libraries
+from simla_ds.data.convert.duplicates import DuplicateFilter, Fingerprint
+from simla_ds.data.convert.pictures import Judge, Outcome
 from simla_ds.data.convert.processes import available_cores, in_order
 from simla_ds.data.convert.rows import AnyRow
+from simla_ds.data.convert.settings import Settings
 from simla_ds.data.shards import ShardWriter, open_shard, shard_name
 
 MANIFEST, DROPPED = "manifest.json", "dropped.jsonl"
@@ -46,6 +49,10 @@ class ShardRecord:
     sha256: str = ""
     dropped: list[tuple[int, str, str]] = field(default_factory=list)
     """(row, name, reason)."""
+    captions_dropped: dict[str, int] = field(default_factory=dict)
+    """Of pictures that are kept, by reason."""
+    fingerprints: list[tuple[int, int, int]] = field(default_factory=list)
+    """Of the pictures kept, when pictures are compared."""
 
     def count(self, row: int, outcome: Outcome) -> None:
         """Take note of one row."""
@@ -54,6 +61,9 @@ class ShardRecord:
         else:
             self.kept += 1
             self.captions += outcome.captions
+            self.captions_dropped = dict(Counter(self.captions_dropped) + Counter(outcome.captions_dropped))
+            if outcome.fingerprint is not None:
+                self.fingerprints.append(outcome.fingerprint)
         self.end = row + 1
 
 
@@ -72,6 +82,7 @@ def convert(
     Raises FileExistsError when `out`, or what a stopped run left, was made otherwise; ValueError on unusable input.
     """
     settings = settings or Settings()
+    require_libraries(settings)
     rows = importlib.import_module(SOURCES[source]).rows
     identity = identify(source, options, settings, rows(**options))
     if out.exists() and any(out.iterdir()):
@@ -85,7 +96,9 @@ def convert(
         write_json(stored, identity)
         records = _whole_shards(part)
         start = records[-1].end if records else 0
-        todo = in_order(Judge(settings), islice(rows(**options), start, None), workers or available_cores())
+        workers = workers or available_cores()
+        todo = in_order(Judge(settings), islice(rows(**options), start, None), workers)
+        todo = without_duplicates(todo, settings, records, workers)
         outcomes = shown(enumerate(todo, start), identity["rows"], start, progress)
         records += _write(part, outcomes, settings.shard_size, len(records))
         manifest = _finish(part, identity, records)
@@ -106,21 +119,41 @@ def identify(source: str, options: dict[str, Any], settings: Settings, rows: Ite
         "source": source,
         "licence": settings.licence,
         "options": said,
-        "settings": asdict(settings),
+        "settings": settings.as_json(),
         "rows": count,
         "rows_hash": digest.hexdigest(),
         "versions": {"simla_ds": __version__, "pillow": PIL.__version__},
     }
 
 
+def without_duplicates(
+    outcomes: Iterator[Outcome], settings: Settings, records: Iterable[ShardRecord], workers: int
+) -> Iterator[Outcome]:
+    """Pass outcomes on, those of pictures that were there before as dropped. records: of what is written already."""
+    if not settings.compares:
+        yield from outcomes
+        return
+    duplicates = DuplicateFilter(settings, workers)
+    for record in records:
+        for stored in record.fingerprints:
+            duplicates.seen.add(Fingerprint(*stored))
+    for outcome in outcomes:
+        reason = duplicates.judge(outcome.fingerprint) if outcome.fingerprint is not None else ""
+        yield Outcome(outcome.name, reason) if reason else outcome
+
+
 def totals(records: Iterable[ShardRecord]) -> dict[str, Any]:
-    """Sum what became of all rows: {"kept", "captions", "dropped": {reason: rows}}."""
+    """Sum what became of all rows: {"kept", "captions", "dropped": {reason: rows}, ...}."""
     records = list(records)
     dropped = Counter(reason for record in records for _, _, reason in record.dropped)
+    captions_dropped: Counter[str] = Counter()
+    for record in records:
+        captions_dropped.update(record.captions_dropped)
     return {
         "kept": sum(record.kept for record in records),
         "captions": sum(record.captions for record in records),
         "dropped": dict(sorted(dropped.items())),
+        "captions_dropped": dict(sorted(captions_dropped.items())),
     }
 
 

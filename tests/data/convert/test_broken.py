@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from simla_ds.data.convert.in_place import check_in_place
-from simla_ds.data.convert.pictures import Settings
+from simla_ds.data.convert.settings import Settings
 from simla_ds.data.convert.writer import convert
 from simla_ds.data.sample import read_picture
 from simla_ds.data.shards import ShardFiles, find_shards, open_shard

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from simla_ds.data.convert.pictures import Settings
 from simla_ds.data.convert.processes import in_order
+from simla_ds.data.convert.settings import Settings
 from simla_ds.data.convert.writer import convert
 from simla_ds.data.shards import open_shard
 from tests.data.convert.samples import jpeg, put, read
