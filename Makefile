@@ -52,7 +52,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	@rm -f $@
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV): about 6 GB, a few minutes"
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,dev,demo]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,dev,demo,data]'
 	@touch $@
 
 clean:

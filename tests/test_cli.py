@@ -91,7 +91,10 @@ def test_wrong_use_is_status_2(library, argv):
     assert library.calls == []
 
 
-@pytest.mark.parametrize("argv", [[], ["prepare"], ["prepare", "scenes"], ["verify"], ["demo"]])
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["prepare"], ["prepare", "scenes"], ["prepare", "coco"], ["inspect"], ["verify"], ["demo"]],
+)
 def test_every_command_has_help_with_defaults(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         main([*argv, "--help"])

@@ -7,7 +7,8 @@ import json
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, get_args
@@ -15,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from simla_ds.data.shards import PICTURES
+from simla_ds.data.shards import MAX_TEXT_BYTES, PICTURES
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels are not decoded (a decompression bomb, or a scan that would take 200 MB)."""
@@ -27,6 +28,7 @@ Reason = Literal[
     "picture too large",
     "picture unreadable",
     "caption missing",
+    "caption empty",
     "caption not text",
     "caption not UTF-8",
     "caption too large",
@@ -50,6 +52,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SAYS_SOMETHING = re.compile(r"[^\s,.'!?\"()*#:;~/-]")  # what clean_caption leaves something of
 _DELETED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 _SPACES = re.compile(r"\s{2,}")
 
@@ -72,11 +75,14 @@ class Record:
     """Hash of the key, non-negative."""
     image_id: int
     """Hash of the json's image_id, or sample_id where there is none."""
+    image_name: str | None = None
+    """The json's image_id itself."""
 
 
 def read_record(key: str, members: Mapping[str, bytes | None]) -> Record:
     """Captions and ids from a sample's json (`caption`: str or list of str; `image_id`) or else its txt.
 
+    Captions of white space and punctuation alone are left out: they are equal for every picture.
     Raises SkipSample.
     """
     captions, image_id = None, None
@@ -98,8 +104,13 @@ def read_record(key: str, members: Mapping[str, bytes | None]) -> Record:
         "".join(captions).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, escaped in the json
         raise SkipSample("caption not UTF-8") from None
+    captions = [caption for caption in captions if _SAYS_SOMETHING.search(caption)]
+    if not captions:
+        raise SkipSample("caption empty")
     sample_id = stable_hash(key)
-    return Record(tuple(captions), sample_id, sample_id if image_id is None else stable_hash(str(image_id)))
+    if image_id is None:
+        return Record(tuple(captions), sample_id, sample_id)
+    return Record(tuple(captions), sample_id, stable_hash(str(image_id)), str(image_id))
 
 
 def read_picture(members: Mapping[str, bytes | None], room: int = 0) -> Image.Image:
@@ -109,6 +120,11 @@ def read_picture(members: Mapping[str, bytes | None], room: int = 0) -> Image.Im
     (libjpeg's scaled DCT, much faster); 0: always whole.
     Raises SkipSample.
     """
+    return decode_picture(open_picture(picture_bytes(members)), room)
+
+
+def picture_bytes(members: Mapping[str, bytes | None]) -> bytes:
+    """Content of the sample's picture file. Raises SkipSample."""
     extension = next((extension for extension in PICTURES if extension in members), None)
     if extension is None:
         raise SkipSample("picture missing")
@@ -117,15 +133,31 @@ def read_picture(members: Mapping[str, bytes | None], room: int = 0) -> Image.Im
         raise SkipSample("picture too large")
     if not data:
         raise SkipSample("picture empty")
+    return data
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """The picture by its header, not decoded: its format, mode and size as stored. Raises SkipSample."""
+    with _errors_as_reasons():
+        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    if picture.width * picture.height > MAX_PIXELS:
+        raise SkipSample("picture too large")
+    return picture
+
+
+def decode_picture(picture: Image.Image, room: int = 0) -> Image.Image:
+    """Decode what open_picture returned, as read_picture does. Raises SkipSample."""
+    with _errors_as_reasons():
+        return upright_rgb(picture, room)
+
+
+@contextmanager
+def _errors_as_reasons() -> Iterator[None]:
+    """Raise SkipSample for whatever Pillow raises."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # half-readable metadata; bombs are refused just below
-            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise SkipSample("picture too large")
-            return upright_rgb(picture, room)
-    except SkipSample:
-        raise
+            warnings.simplefilter("ignore")  # half-readable metadata; bombs are refused by their size
+            yield
     except (Image.DecompressionBombError, MemoryError):
         raise SkipSample("picture too large") from None
     except (EOFError, struct.error):
@@ -152,7 +184,7 @@ def stable_hash(text: str) -> int:
 
 
 def _text(data: bytes | None) -> str:
-    if data is None:
+    if data is None or len(data) > MAX_TEXT_BYTES:
         raise SkipSample("caption too large")
     try:
         return data.decode("utf-8-sig")

@@ -7,19 +7,18 @@ sizes is built from the tar headers and members are read in place, so links and 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from webdataset.shardlists import expand_urls
-from webdataset.writer import TarWriter
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Extensions read as the picture, the first present one wins."""
@@ -27,11 +26,46 @@ TEXTS = ("json", "txt")
 """Extensions read as the caption."""
 MAX_MEMBER_BYTES = 64 << 20
 """Larger members are not read, so that memory stays bounded."""
+MAX_TEXT_BYTES = 4 << 20
+"""Nor are larger texts: a json of this size takes ten times as much once it is parsed."""
 
 _BLOCK = 512
 _INDEX_VERSION = 1
 _ARRAYS = ("names", "name_ends", "member_ends", "members")
 _REMOTE = ("pipe:", "http:", "https:", "s3:", "gs:")
+
+
+class ShardWriter:
+    """Writes one shard under a temporary name and renames it when whole; equal samples give equal bytes.
+
+    A context: leaving it by an exception removes what was written.
+    """
+
+    def __init__(self, path: Path):
+        from webdataset.writer import TarWriter  # torch comes with it: who only reads starts in a tenth of the time
+
+        self.path, self._temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
+        self._tar = TarWriter(str(self._temporary), encoder=False, mtime=0, user="simla", group="simla")
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Append a sample: {extension: bytes}."""
+        self._tar.write({"__key__": key, **members})
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._tar.close()
+            if kind is None:
+                os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard that this project writes."""
+    return f"shard-{number:06d}.tar"
 
 
 def write_shards(samples: Iterable[tuple[str, dict[str, bytes]]], folder: Path, shard_size: int) -> list[Path]:
@@ -42,16 +76,10 @@ def write_shards(samples: Iterable[tuple[str, dict[str, bytes]]], folder: Path, 
     folder.mkdir(parents=True, exist_ok=True)
     written, samples = [], iter(samples)
     for first in samples:
-        path = folder / f"shard-{len(written):06d}.tar"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with TarWriter(str(temporary), encoder=False, mtime=0, user="simla", group="simla") as writer:
-                for key, members in chain([first], islice(samples, shard_size - 1)):
-                    writer.write({"__key__": key, **members})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        written.append(path)
+        with ShardWriter(folder / shard_name(len(written))) as shard:
+            for key, members in chain([first], islice(samples, shard_size - 1)):
+                shard.add(key, members)
+        written.append(shard.path)
     return written
 
 
@@ -62,6 +90,8 @@ def find_shards(spec: str, key: str = "data.train") -> list[str]:
     """
     if spec.startswith(_REMOTE):
         raise ValueError(f"{key}={spec}: remote shards are not read yet; copy them to a local folder")
+    from webdataset.shardlists import expand_urls
+
     expanded = os.path.expanduser(spec)
     if os.path.isdir(expanded):
         found = glob.glob(os.path.join(glob.escape(expanded), "*.tar"))
@@ -95,6 +125,8 @@ class Shard:
     extensions: tuple[str, ...]
     problem: str
     """Empty, or why samples are missing: "shard truncated", "shard unreadable", "shard empty"."""
+    note: str = ""
+    """What was stored with the index by whoever chose its samples; empty when all samples are in it."""
 
     def __len__(self) -> int:
         return len(self.name_ends)
@@ -113,23 +145,32 @@ class Shard:
 
 def open_shard(path: str) -> Shard:
     """Index of a tar: from PATH.index.npz when that is of this very tar, else from the headers, and then kept there."""
-    sidecar = f"{path}.index.npz"
     try:
-        stat = os.stat(path)
+        stamp = _stamp(path)
     except OSError:
         return _to_shard(path, [], "shard unreadable")
-    stamp = {"version": _INDEX_VERSION, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     try:
-        with np.load(sidecar, allow_pickle=False) as stored:
+        with np.load(_sidecar(path), allow_pickle=False) as stored:
             header = json.loads(stored["header"].tobytes())
             if all(header[name] == value for name, value in stamp.items()):
                 arrays = {name: stored[name] for name in _ARRAYS}
-                return Shard(path, **arrays, extensions=tuple(header["extensions"]), problem=header["problem"])
+                extensions, note = tuple(header["extensions"]), header.get("note", "")
+                return Shard(path, **arrays, extensions=extensions, problem=header["problem"], note=note)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         pass  # none, or of another version or half-written by another program: built again below
     shard = index_tar(path)
-    _store(sidecar, shard, stamp)
+    with contextlib.suppress(OSError):  # where the folder cannot be written, the headers are read each time
+        _store(shard, stamp)
     return shard
+
+
+def store_selection(shard: Shard, chosen: Iterable[int], note: str) -> None:
+    """Keep an index beside the tar with only the chosen samples: open_shard then knows no others.
+
+    It holds until the tar changes. note: why, as Shard.note. Raises OSError where the folder cannot be written.
+    """
+    samples = [(shard.key(i), shard.sample(i)) for i in chosen]
+    _store(_to_shard(shard.path, samples, shard.problem, note or "selection"), _stamp(shard.path))
 
 
 def index_tar(path: str) -> Shard:
@@ -174,7 +215,7 @@ class ShardFiles:
             os.close(descriptor)
 
     def read(self, shard: int, i: int) -> dict[str, bytes | None]:
-        """Picture and texts of a sample by extension; None for members above MAX_MEMBER_BYTES."""
+        """Picture and texts of a sample by extension; None for members above most_bytes."""
         index = self.shards[shard].sample(i)
         picture = next((extension for extension in PICTURES if extension in index), None)
         wanted = [name for name in (picture, *TEXTS) if name is not None and name in index]
@@ -182,7 +223,7 @@ class ShardFiles:
         read: dict[str, bytes | None] = {}
         for name in wanted:
             offset, size = index[name]
-            read[name] = os.pread(descriptor, size, offset) if size <= MAX_MEMBER_BYTES else None
+            read[name] = os.pread(descriptor, size, offset) if size <= most_bytes(name) else None
         return read
 
     def _descriptor(self, shard: int) -> int:
@@ -193,6 +234,11 @@ class ShardFiles:
             if len(self._open) > self.keep_open:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
+
+
+def most_bytes(extension: str) -> int:
+    """Size above which a member with this extension is not read."""
+    return MAX_TEXT_BYTES if extension in TEXTS else MAX_MEMBER_BYTES
 
 
 class _Damaged(Exception):
@@ -268,7 +314,7 @@ def _split(name: str) -> tuple[str, str]:
     return (folder + slash + stem, extension.lower()) if stem else (name, "")
 
 
-def _to_shard(path: str, samples: list[tuple[str, dict[str, tuple[int, int]]]], problem: str) -> Shard:
+def _to_shard(path: str, samples: list[tuple[str, dict[str, tuple[int, int]]]], problem: str, note: str = "") -> Shard:
     keys = [key.encode() for key, _ in samples]
     number: dict[str, int] = {}
     rows = [
@@ -284,17 +330,30 @@ def _to_shard(path: str, samples: list[tuple[str, dict[str, tuple[int, int]]]], 
         members=np.array(rows, dtype=np.int64).reshape(-1, 3),
         extensions=tuple(number),
         problem=problem,
+        note=note,
     )
 
 
-def _store(sidecar: str, shard: Shard, stamp: dict[str, int]) -> None:
-    """Write the index under a temporary name, then rename; where the folder cannot be written, go without."""
+def _sidecar(path: str) -> str:
+    return f"{path}.index.npz"
+
+
+def _stamp(path: str) -> dict[str, int]:
+    """What tells whether a stored index is of this very tar. Raises OSError."""
+    status = os.stat(path)
+    return {"version": _INDEX_VERSION, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _store(shard: Shard, stamp: dict[str, int]) -> None:
+    """Write the index under a temporary name, then rename. Raises OSError."""
+    sidecar = _sidecar(shard.path)
     temporary = f"{sidecar}.{os.getpid()}"
-    header = json.dumps({**stamp, "extensions": shard.extensions, "problem": shard.problem}).encode()
+    said = {"extensions": shard.extensions, "problem": shard.problem, "note": shard.note}
+    header = json.dumps({**stamp, **said}).encode()
     arrays = {name: getattr(shard, name) for name in _ARRAYS}
     try:
         with open(temporary, "wb") as file:
             np.savez(file, header=np.frombuffer(header, dtype=np.uint8), **arrays)
         os.replace(temporary, sidecar)
-    except OSError:
+    finally:
         Path(temporary).unlink(missing_ok=True)

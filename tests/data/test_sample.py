@@ -2,8 +2,6 @@
 
 import io
 import json
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ from PIL import Image
 
 from simla_ds.data import sample
 from simla_ds.data.sample import REASONS, SkipSample, clean_caption, read_picture, read_record, stable_hash
+from tests.data.broken import bomb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -139,17 +138,6 @@ def test_large_jpegs_are_decoded_small_when_there_is_room():
     assert corners(read_picture({"jpg": data}, room=130)) == [RED, GREEN, BLUE, WHITE]
 
 
-def bomb(side=60_000):
-    """A PNG of a few hundred bytes that says it has side x side pixels."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
 def test_what_is_no_whole_picture_has_a_reason():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     assert reason({"txt": b"a cat"}) == "picture missing"
@@ -187,7 +175,8 @@ def test_captions_come_from_json_or_text():
     assert record.image_id == record.sample_id
     assert read_record("k", {"txt": "\ufeffein Hündchen 🐶".encode()}).captions == ("ein Hündchen 🐶",)
     assert read_record("k", {"txt": b"from text", "json": b'{"url": "x", "caption": null}'}).captions == ("from text",)
-    assert read_record("k", {"txt": b""}).captions == ("",)
+    assert read_record("k", {"json": b'{"caption": ["", " ?! ", "a dog"]}'}).captions == ("a dog",)
+    assert read_record("k", {"json": b'{"caption": "a", "image_id": 7}'}).image_name == "7"
 
 
 def test_captions_that_cannot_be_used_have_a_reason():
@@ -203,6 +192,10 @@ def test_captions_that_cannot_be_used_have_a_reason():
     assert caption_reason({"json": '{"caption": "Gr\u00fc\u00dfe"}'.encode("latin-1")}) == "caption not UTF-8"
     assert caption_reason({"json": b'{"caption": "half \\ud83d of a dog"}'}) == "caption not UTF-8"
     assert caption_reason({"txt": None}) == "caption too large"
+    assert caption_reason({"txt": b"a " * (2 << 20) + b"b"}) == "caption too large"
+    for nothing in ("", " \t\n", "?!", " - / ...", "\ufeff"):
+        assert caption_reason({"txt": nothing.encode()}) == "caption empty"
+        assert clean_caption(nothing.strip("\ufeff"), 30).strip() == ""
 
 
 @pytest.mark.parametrize(
