@@ -76,9 +76,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from simla_ds.data.convert.writer import convert
 
     given = vars(arguments)
-    settings = Settings(
-        **{field.name: given[field.name] for field in fields(Settings)} | {"against": tuple(given["against"])}
-    )
+    chosen: dict[str, Any] = {field.name: given[field.name] for field in fields(Settings)}
+    settings = Settings(**{**chosen, "against": tuple(given["against"])})
     running: dict[str, Any] = {"workers": arguments.workers, "progress": not arguments.quiet}
     if arguments.out is None:
         manifest = check_in_place(arguments.shards, settings, **running)
