@@ -55,6 +55,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return run(arguments)
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from simla_ds.engine.export import export_checkpoint
+
+    export_checkpoint(arguments.checkpoint, arguments.out, arguments.tokenizer)
+    return DONE
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from simla_ds.demo import run_demo
 
@@ -80,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_inspect(commands)
     _add_verify(commands)
+    _add_export(commands)
     _add_demo(commands)
     return parser
 
@@ -163,6 +171,20 @@ def _add_verify(commands) -> None:
         help="largest error of a tensor over its largest magnitude",
     )
     verify.add_argument("--passes", choices=("fast", "plain"), default="fast", help="how the step is computed")
+
+
+def _add_export(commands) -> None:
+    export = _command(
+        commands,
+        "export",
+        "make a model folder from a training checkpoint",
+        _export,
+        "Student, and teacher in OUT/teacher, as Hugging Face folders in float32; from any number of ranks and ZeRO "
+        "stage. Needs no GPU and no deepspeed; one tensor is in memory at a time.",
+    )
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step_N")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder; an old one is replaced")
+    export.add_argument("--tokenizer", type=Path, metavar="DIR", help="its folder (default: where the run had it)")
 
 
 def _add_demo(commands) -> None:

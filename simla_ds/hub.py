@@ -35,6 +35,7 @@ __all__ = [
     "SimlaOutput",
     "SimlaProcessor",
     "load_model_folder",
+    "new_model_folder",
     "resolve_weights",
     "save_model_folder",
 ]
@@ -180,11 +181,7 @@ def save_model_folder(
     Raises:
         ValueError: folder holds something else, or the tokenizer doesn't fit the model.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there and is no model folder, so it is not replaced; name another")
-    fresh, stale = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    try:
+    with new_model_folder(folder) as fresh:
         for network, target in ((model, fresh), (teacher, fresh / "teacher")):
             if network is None:
                 continue
@@ -192,6 +189,21 @@ def save_model_folder(
                 SimlaModel(SimlaConfig.from_model_config(network.config, extra), network).save_pretrained(target)
             if tokenizer_folder is not None:
                 save_processor(network.config, Path(tokenizer_folder), target, max_words, max_tokens)
+
+
+@contextmanager
+def new_model_folder(folder: Path) -> Iterator[Path]:
+    """Yield the name of a folder to make and fill, which then takes the place of `folder`: whole, or not at all.
+
+    Raises:
+        ValueError: folder holds something that is no model folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / CONFIG).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there and is no model folder, so it is not replaced; name another")
+    fresh, stale = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    try:
+        yield fresh
         if folder.exists():
             folder.rename(stale)
         fresh.rename(folder)

@@ -7,7 +7,7 @@ business of a ParameterSource.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -97,17 +97,18 @@ class Teacher:
         return self.master
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what state_dict returned. ValueError when names or shapes differ."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what state_dict returned, one tensor after another. ValueError when names or shapes differ."""
         if state.keys() != self.master.keys():
             odd = sorted(state.keys() ^ self.master.keys())
             raise ValueError(
                 f"the checkpoint's teacher has other parameters than this model: {len(odd)}, first {odd[0]}"
             )
-        for name, value in self.master.items():
-            if state[name].shape != value.shape:
+        for name, master in self.master.items():
+            value = state[name]
+            if value.shape != master.shape:
                 raise ValueError(
-                    f"the checkpoint's teacher has {name} {tuple(state[name].shape)}, this model {tuple(value.shape)}"
+                    f"the checkpoint's teacher has {name} {tuple(value.shape)}, this model {tuple(master.shape)}"
                 )
-            value.copy_(state[name])
+            master.copy_(value)
         self._refresh()

@@ -26,8 +26,8 @@ from simla_ds.teacher import Teacher
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "timm", "webdataset", "tokenizers", "safetensors", "triton", "numpy")
 
-CHECKPOINT_BYTES_PER_PARAMETER = 24
-"""fp32 weights, AdamW's two moments, a low-precision copy and the teacher, rounded up."""
+CHECKPOINT_BYTES_PER_PARAMETER = 18
+"""fp32 weights, AdamW's two moments and the teacher, and room for the queues."""
 
 
 @dataclass
@@ -145,12 +145,6 @@ def _queue(config: Config) -> FeatureQueue:
 
 def describe_environment(ranks: Ranks, precision: str, zero_stage: int) -> dict[str, Any]:
     """Return what a run ran on, for environment.json."""
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -160,8 +154,19 @@ def describe_environment(ranks: Ranks, precision: str, zero_stage: int) -> dict[
         "threads": torch.get_num_threads(),
         "precision": precision,
         "zero_stage": zero_stage,
-        "versions": versions,
+        "versions": library_versions(),
     }
+
+
+def library_versions() -> dict[str, str | None]:
+    """Return the versions of the libraries that a run depends on; None for those not installed."""
+    versions: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def same_model(ours: Config, theirs: dict[str, Any], path: Path) -> None:

@@ -1,169 +1,200 @@
-"""Checkpoints: the engine's state, and beside it what DeepSpeed does not keep, whole or not at all.
+"""Saving and restoring a run: every rank writes what it owns, and reads what it will hold, whatever the layout was.
 
-    checkpoints/step_00000100/   engine/ (DeepSpeed's files)  teacher.safetensors  queue.safetensors
-                                 rng_rank00000.safetensors ...  state.json  MANIFEST.json (sizes and hashes)
-    checkpoints/latest           name of the newest
-
-A checkpoint is written under a temporary name and renamed when it is whole; `latest` moves after that; then old ones
-are deleted.
+The files are described in checkpoint_folder. Weights and moments go in and out by parameter name, so that any ZeRO
+stage, offload and number of ranks can follow any other. Memory: one parameter's piece at a time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 
-from simla_ds.engine.distributed import Ranks, broadcast_object
+from simla_ds.engine.checkpoint_folder import (
+    QUEUE,
+    STATE,
+    WEIGHTS,
+    DamagedCheckpoint,
+    candidates,
+    check_whole,
+    describe_file,
+    publish,
+    read_state,
+    write_manifest,
+)
+from simla_ds.engine.distributed import Ranks, all_or_none, broadcast_object, gather_objects
+from simla_ds.engine.tensor_files import INDEX, Listing, Piece, Pieces, write_index, write_pieces
+from simla_ds.engine.zero_layout import (
+    Engine,
+    HeldPiece,
+    adamw_moments,
+    adamw_step,
+    after_loading,
+    before_loading,
+    forget_adamw,
+    held_pieces,
+    loss_scale_state,
+    owned_pieces,
+    set_adamw_step,
+    set_loss_scale_state,
+)
 from simla_ds.objectives import FeatureQueue
 from simla_ds.teacher import Teacher
 
-MANIFEST = "MANIFEST.json"
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint whose files are not those of its manifest."""
-
 
 def save_checkpoint(
-    folder: Path, engine: DeepSpeedEngine, teacher: Teacher, queue: FeatureQueue, state: dict[str, Any], ranks: Ranks
+    folder: Path, engine: Engine, teacher: Teacher, queue: FeatureQueue, state: dict[str, Any], ranks: Ranks
 ) -> Path:
-    """Write folder/step_N from every rank and return its path; state (JSON) holds at least `step`."""
+    """Write folder/step_N from every rank and return its path; state (JSON) holds at least `step`.
+
+    Raises:
+        OSError: on every rank, when any could not write; nothing is left but the checkpoints there were.
+    """
     final = folder / f"step_{state['step']:08d}"
     temporary = folder / f".{final.name}.partial"
-    if ranks.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(temporary), tag="engine", save_latest=False)
-    save_file(_random_state(ranks.device), str(temporary / f"rng_rank{ranks.rank:05d}.safetensors"))
-    if ranks.is_main:
-        save_file({k: v.contiguous().cpu() for k, v in teacher.state_dict().items()}, temporary / "teacher.safetensors")
-        save_file({k: v.contiguous().cpu() for k, v in queue.state_dict().items()}, temporary / "queue.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-    dist.barrier()  # every rank's files are there before they are counted
-    if ranks.is_main:
-        (temporary / MANIFEST).write_text(json.dumps(_describe(temporary), indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _write_atomically(folder / "latest", final.name + "\n")
-    dist.barrier()
+    try:
+        all_or_none(partial(_make_folder, temporary, ranks))
+        written = all_or_none(partial(_write_own, temporary, engine, teacher, ranks))
+        state = {**state, "world_size": ranks.world_size, "loss_scale": loss_scale_state(engine.optimizer)}
+        all_or_none(partial(_complete, temporary, final, queue, state, written, ranks))
+    except OSError as error:
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{final} could not be saved, earlier checkpoints are kept: {error}") from error
     return final
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and leftovers of interrupted ones (main rank only)."""
-    for path in sorted(folder.glob("step_*"))[:-keep]:
-        shutil.rmtree(path)
-    for path in folder.glob(".step_*.partial"):
-        shutil.rmtree(path)
+def _make_folder(temporary: Path, ranks: Ranks) -> None:
+    if ranks.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / WEIGHTS).mkdir(parents=True)
+
+
+def _write_own(
+    temporary: Path, engine: Engine, teacher: Teacher, ranks: Ranks
+) -> tuple[Listing, dict[str, int], dict[str, dict[str, Any]]]:
+    """Write this rank's pieces and random state; return their listing, AdamW's counts, and what else was written."""
+    pieces, steps = [], {}
+    for held in owned_pieces(held_pieces(engine), ranks.rank, ranks.world_size):
+        values = {"weight": held.weight.float()}
+        if held.optimizer is not None:
+            values |= adamw_moments(held)
+            steps[held.name] = adamw_step(held)
+        pieces += [Piece(f"{kind}/{held.name}", held.shape, held.start, value) for kind, value in values.items()]
+    masters = [
+        HeldPiece(name, tuple(value.shape), 0, value.numel(), value, 0, None, replicated=True)
+        for name, value in teacher.state_dict().items()
+    ]
+    for held in owned_pieces(masters, ranks.rank, ranks.world_size):
+        pieces.append(Piece(f"teacher/{held.name}", held.shape, held.start, held.weight))
+    listing = write_pieces(temporary / WEIGHTS, ranks.rank, pieces)
+    random = temporary / f"rng_rank{ranks.rank:05d}.safetensors"
+    save_file(_random_state(ranks.device), random)
+    return listing, steps, {random.name: describe_file(random)}
+
+
+def _complete(
+    temporary: Path,
+    final: Path,
+    queue: FeatureQueue,
+    state: dict[str, Any],
+    written: list[tuple[Listing, dict[str, int], dict[str, dict[str, Any]]]],
+    ranks: Ranks,
+) -> None:
+    """Write what there is once, the manifest last, and give the checkpoint its name (main rank)."""
+    if not ranks.is_main:
+        return
+    files: dict[str, dict[str, Any]] = {}
+    for rank, (listing, _, others) in enumerate(written):
+        files |= {f"{WEIGHTS}/{listing.file}": listing.entry, **others}
+        if not (temporary / WEIGHTS / listing.file).is_file():
+            raise OSError(f"what rank {rank} wrote is not to be seen here; set --output to a folder all nodes share")
+    write_index(temporary / WEIGHTS, [listing for listing, _, _ in written])
+    save_file({name: value.contiguous().cpu() for name, value in queue.state_dict().items()}, temporary / QUEUE)
+    steps = {name: step for _, counts, _ in written for name, step in counts.items()}
+    (temporary / STATE).write_text(json.dumps({**state, "adamw_steps": steps}, indent=1))
+    for name in (f"{WEIGHTS}/{INDEX}", QUEUE, STATE):
+        files[name] = describe_file(temporary / name)
+    write_manifest(temporary, files)
+    publish(temporary, final)
 
 
 def find_checkpoint(output: Path, resume: str, ranks: Ranks) -> Path | None:
     """Return the checkpoint to resume from, or None for a fresh start; the same on every rank.
 
-    With `auto` the newest whole one; damaged ones are named and passed over.
+    With `auto` the newest whole one; damaged ones are named and passed over. Ranks share the checking of hashes.
 
     Raises:
         ValueError: `none` in a folder that holds checkpoints, or a path that is no whole checkpoint.
     """
-    found: Path | ValueError | None = None
+    found: list[Path] | ValueError = []
     if ranks.is_main:
         try:
-            found = _choose(output / "checkpoints", resume, ranks)
+            found = candidates(output / "checkpoints", resume)
         except ValueError as error:
             found = error
     found = broadcast_object(found)
     if isinstance(found, ValueError):
         raise found
-    return found
-
-
-def _choose(folder: Path, resume: str, ranks: Ranks) -> Path | None:
-    present = sorted(folder.glob("step_*"), reverse=True)
-    if resume == "none":
-        if present:
-            raise ValueError(
-                f"{folder} already holds {len(present)} checkpoint(s), newest {present[0].name}; "
-                "set --resume auto to go on from it, or another --output"
-            )
-        return None
-    if resume != "auto":
-        check_whole(Path(resume))
-        return Path(resume)
-    for path in present:
+    for path in found:
+        problem = None
         try:
-            check_whole(path)
+            check_whole(path, ranks.rank, ranks.world_size)
         except DamagedCheckpoint as error:
-            ranks.say(f"passing over {path}: {error}")
-        else:
+            problem = str(error)
+        problems = [problem for problem in gather_objects(problem) if problem]
+        if not problems:
             return path
+        if resume != "auto":
+            raise DamagedCheckpoint(problems[0])
+        ranks.say(f"passing over {path}: {problems[0]}")
     return None
 
 
-def check_whole(path: Path) -> None:
-    """Raise DamagedCheckpoint unless every file is there with the size and hash of the manifest."""
-    manifest = path / MANIFEST
-    if not manifest.is_file():
-        raise DamagedCheckpoint(f"{path} is no whole checkpoint: {MANIFEST} is missing")
-    try:
-        expected = json.loads(manifest.read_text())
-    except ValueError:
-        raise DamagedCheckpoint(f"{manifest} is damaged: not JSON") from None
-    for name, entry in expected.items():
-        file = path / name
-        if not file.is_file():
-            raise DamagedCheckpoint(f"{file} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}")
-        if _hash(file) != entry["blake2b"]:
-            raise DamagedCheckpoint(f"{file} is damaged: its hash is not the manifest's")
+@torch.no_grad()
+def load_checkpoint(path: Path, engine: Engine, teacher: Teacher, queue: FeatureQueue, ranks: Ranks) -> dict[str, Any]:
+    """Restore engine, teacher, queue and random state from a whole checkpoint; return its state.json.
 
+    Random states are per rank: at another number of ranks they are drawn afresh.
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Return state.json of a checkpoint."""
-    return json.loads((path / "state.json").read_text())
-
-
-def load_checkpoint(
-    path: Path, engine: DeepSpeedEngine, teacher: Teacher, queue: FeatureQueue, ranks: Ranks
-) -> dict[str, Any]:
-    """Restore engine, teacher, queue and random state from a whole checkpoint; return its state.json."""
+    Raises:
+        ValueError: the checkpoint is of another model or queue.
+    """
     state = read_state(path)
-    loaded, _ = engine.load_checkpoint(str(path), tag="engine")
-    if loaded is None:
-        raise DamagedCheckpoint(f"DeepSpeed could not load {path}/engine")
-    teacher.load_state_dict(load_file(path / "teacher.safetensors", device=str(ranks.device)))
-    queue.load_state_dict(load_file(path / "queue.safetensors", device=str(ranks.device)))
-    _restore_random_state(load_file(path / f"rng_rank{ranks.rank:05d}.safetensors"), ranks.device)
+    _load_student(Pieces(path / WEIGHTS), state["adamw_steps"], engine)
+    set_loss_scale_state(engine.optimizer, state["loss_scale"])
+    teacher.load_state_dict(Pieces(path / WEIGHTS, "teacher/"))
+    queue.load_state_dict(load_file(path / QUEUE, device=str(ranks.device)))
+    if state["world_size"] == ranks.world_size:
+        _restore_random_state(load_file(path / f"rng_rank{ranks.rank:05d}.safetensors"), ranks.device)
+    else:
+        torch.manual_seed(hash((state["step"], ranks.rank, ranks.world_size)) % 2**63)
+    engine.global_steps, engine.global_samples = state["step"], state["samples_seen"]
+    engine.micro_steps = state["step"] * engine.gradient_accumulation_steps()
     return state
 
 
-def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "blake2b": _hash(p)} for p in files}
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _load_student(stored: Pieces, steps: dict[str, int], engine: Engine) -> None:
+    before_loading(engine)
+    pieces = held_pieces(engine)
+    for held in pieces:
+        if stored.shape(f"weight/{held.name}") != held.shape:
+            raise ValueError(
+                f"the checkpoint's {held.name} is {stored.shape(f'weight/{held.name}')}, this model's {held.shape}"
+            )
+    forget_adamw(pieces)
+    for held in pieces:
+        held.weight.copy_(stored.read(f"weight/{held.name}", held.start, held.count))
+        if held.optimizer is not None and held.name in steps:  # else it was frozen until now
+            set_adamw_step(held, steps[held.name])
+            for kind, moment in adamw_moments(held).items():
+                moment.copy_(stored.read(f"{kind}/{held.name}", held.start, held.count))
+    after_loading(engine)
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

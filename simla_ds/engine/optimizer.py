@@ -10,7 +10,7 @@ import math
 import torch
 
 from simla_ds.config import Config
-from simla_ds.engine.zero_teacher import Engine, replicated_masters
+from simla_ds.engine.zero_layout import Engine, replicated_masters
 
 
 def learning_rate(config: Config, samples_seen: int, total_samples: int, global_batch: int) -> float:

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simla_ds.config import Config
-from simla_ds.engine.build import build, describe_environment, same_model
-from simla_ds.engine.checkpoint import find_checkpoint, load_checkpoint, prune_checkpoints, read_state, save_checkpoint
+from simla_ds.engine.build import build, describe_environment, library_versions, same_model
+from simla_ds.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from simla_ds.engine.checkpoint_folder import prune_checkpoints, read_state
 from simla_ds.engine.deepspeed_config import resolve_deepspeed_config, resolve_precision
 from simla_ds.engine.distributed import Ranks, gather_objects, mean_over_ranks
 from simla_ds.engine.metrics import Alarms, Metrics, peak_memory_mb
@@ -50,7 +51,7 @@ class Trainer:
         self.config, self.loader, self.task = parts.config, parts.loader, parts.task
         self.tokenizer, self.visual_tokenizer = parts.tokenizer, parts.visual_tokenizer
         if checkpoint is not None:
-            self._check_resumable(checkpoint, settings)
+            same_model(self.config, read_state(checkpoint)["model"], checkpoint)
         self.queue, self.teacher = self.task.queue, self.task.teacher
         self.micro_steps = config.train.grad_accumulation
         self.global_batch = config.train.batch_size * self.micro_steps * ranks.world_size
@@ -61,7 +62,7 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(model=self.task, model_parameters=groups, config=settings)
         forget_initial_step(self.engine)
         self.source = EngineSource(self.engine)
-        self.step = 0
+        self.step = self.samples_before = 0
         if checkpoint is not None:
             self._resume(checkpoint)
         if ranks.is_main:
@@ -92,7 +93,7 @@ class Trainer:
     @property
     def samples_seen(self) -> int:
         """Pairs trained on so far, over all ranks."""
-        return self.step * self.global_batch
+        return self.samples_before + self.step * self.global_batch
 
     @property
     def alpha(self) -> float:
@@ -137,7 +138,7 @@ class Trainer:
         return [self.watch.prepare(batch) for batch in batches]
 
     def _learning_rate(self) -> float:
-        total = self.total_steps * self.global_batch
+        total = self.samples_before + self.total_steps * self.global_batch
         return learning_rate(self.config, self.samples_seen, total, self.global_batch)
 
     def _due(self, every: int) -> bool:
@@ -194,8 +195,9 @@ class Trainer:
             "samples_seen": self.samples_seen,
             "data": self.loader.state_dict(gather_objects(self.loader.local_position())),
             "model": asdict(self.config.model),
-            "world_size": self.ranks.world_size,
             "zero_stage": self.zero_stage,
+            "versions": library_versions(),
+            "config": asdict(self.config),
         }
         folder = self.output / "checkpoints"
         save_checkpoint(folder, self.engine, self.teacher, self.queue, state, self.ranks)
@@ -203,21 +205,21 @@ class Trainer:
             prune_checkpoints(folder, self.config.train.keep_checkpoints)
         self.window.pause(time.monotonic() - started)
 
-    def _check_resumable(self, path: Path, settings: dict[str, Any]) -> None:
-        state = read_state(path)
-        same_model(self.config, state["model"], path)
-        for name, now in (
-            ("world_size", self.ranks.world_size),
-            ("zero_stage", settings["zero_optimization"]["stage"]),
-        ):
-            if state[name] != now:
-                raise ValueError(f"{path} was saved at {name}={state[name]}, this run has {now}; start it as it was")
-
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path, self.engine, self.teacher, self.queue, self.ranks)
         self.step = state["step"]
+        # at another number of ranks or batch size a step is another number of pairs
+        self.samples_before = state["samples_seen"] - self.step * self.global_batch
+        if not self.config.train.steps:
+            self.total_steps = self.step + -(
+                -max(0, self.config.train.samples - self.samples_seen) // self.global_batch
+            )
         self.loader.load_state(state["data"])
         self.ranks.say(f"resumed from {path} at step {self.step} of {self.total_steps}")
+        now = {"world_size": self.ranks.world_size, "zero_stage": self.zero_stage}
+        if changed := [f"{name} {state[name]} -> {value}" for name, value in now.items() if state[name] != value]:
+            dropout = "; dropout is drawn afresh" if state["world_size"] != self.ranks.world_size else ""
+            self.ranks.say(f"layout changed: {', '.join(changed)}; goes on at pair {self.samples_seen}{dropout}")
 
     def _describe_run(self, precision: str) -> None:
         self.output.mkdir(parents=True, exist_ok=True)

@@ -1,26 +1,16 @@
-"""Where DeepSpeed keeps the float32 weights: what the momentum teacher follows, and where the temperature is bounded.
-
-stage 0, fp32           the parameter itself
-stage 0, bf16 or fp16   a tensor per parameter, or (FusedAdam) a slice of a flat one; whole on every rank
-stages 1 and 2          its piece of this rank's flat partition, often empty; BF16_Optimizer (stage 1 in bf16) the same
-stage 3                 its padded piece of this rank's sub-group
-
-With the optimizer offloaded the pieces lie in CPU memory. (DeepSpeed's safe_get_full_fp32_param knows the last two
-only, and spends a collective per parameter.) A sharded teacher would be another ParameterSource: the teacher asks for
-fp32_parameters() and nothing else.
+"""The student's float32 weights out of whatever DeepSpeed made of them, for the momentum teacher and for model folders;
+and where the temperature is bounded. Layouts: zero_layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-Engine = Any
-"""A deepspeed.DeepSpeedEngine, whose own annotations know neither the wrapped module nor the optimizers' insides."""
+from simla_ds.engine.zero_layout import Engine, local_piece, replicated_masters
 
 BUCKET = 2**24
 """Elements gathered by one collective (64 MiB), unless a single parameter is larger."""
@@ -63,10 +53,9 @@ class EngineSource:
         flat = torch.zeros(sum(_numel(p) for _, p in bucket), device=self.engine.device)
         wholes = flat.split([_numel(p) for _, p in bucket])
         for (_, parameter), whole in zip(bucket, wholes, strict=True):
-            piece, start = _local_piece(self.engine.optimizer, parameter)
+            piece, start = local_piece(self.engine.optimizer, parameter)
             if piece is not None:
-                count = max(0, min(piece.numel(), whole.numel() - start))  # the rest is padding
-                whole[start : start + count].copy_(piece[:count])
+                whole[start : start + piece.numel()].copy_(piece)
         deepspeed.comm.all_reduce(flat, group=self.engine.data_parallel_group)
         for (name, parameter), whole in zip(bucket, wholes, strict=True):
             yield name, whole.view(getattr(parameter, "ds_shape", parameter.shape))
@@ -91,25 +80,9 @@ def clamp_temperature_master(engine: Engine, low: float, high: float) -> None:
     overwrites it from the master.
     """
     parameter = engine.module.model.temperature.value
-    for stored in (_local_piece(engine.optimizer, parameter)[0], *_copies(parameter)):
+    for stored in (local_piece(engine.optimizer, parameter)[0], *_copies(parameter)):
         if stored is not None:
             stored.clamp_(low, high)
-
-
-def replicated_masters(optimizer: Any) -> dict[int, Tensor]:
-    """Return id(parameter) -> whole float32 master, for the stage-0 optimizers that keep one on every rank.
-
-    Empty for all other layouts.
-    """
-    if hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer: torch's AdamW in bf16 or fp16
-        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        return {id(p): master.detach() for ps, masters in groups for p, master in zip(ps, masters, strict=True)}
-    masters = {}
-    if hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer: FusedAdam in bf16 or fp16
-        for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
-            pieces = flat.detach().split([p.numel() for p in parameters])
-            masters.update({id(p): piece.view_as(p) for p, piece in zip(parameters, pieces, strict=True)})
-    return masters
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:
@@ -118,21 +91,6 @@ def _is_sharded(parameter: nn.Parameter) -> bool:
 
 def _numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # a partitioned parameter is empty between uses
-
-
-def _local_piece(optimizer: Any, parameter: Any) -> tuple[Tensor | None, int]:
-    """Return this rank's piece of a trained parameter's float32 master, as a view, and where in the whole it starts.
-
-    None where this rank has none. At stage 3 the piece may reach past the parameter's end (padding).
-    """
-    if hasattr(parameter, "ds_id"):
-        group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        piece = optimizer.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, count)
-        return piece, count * deepspeed.comm.get_rank(parameter.ds_process_group)
-    if hasattr(parameter, "_hp_mapping"):
-        fragment = parameter._hp_mapping
-        return (None, 0) if fragment is None else (fragment.hp_fragment.detach(), fragment.lp_fragment_address.start)
-    return replicated_masters(optimizer).get(id(parameter)), 0
 
 
 def _copies(parameter: nn.Parameter) -> list[Tensor]:

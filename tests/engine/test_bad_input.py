@@ -46,7 +46,7 @@ def test_too_little_disk_for_the_checkpoints_is_refused_with_both_sizes(monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 0, 2**30))
     config = Config(output=str(tmp_path / "run"), train=TrainConfig(keep_checkpoints=2))
     build._check_disk(config, 10**6)
-    with pytest.raises(ValueError, match=r"1\.0 GiB free, .*need about 6\.7 GiB"):
+    with pytest.raises(ValueError, match=r"1\.0 GiB free, .*need about 5\.0 GiB"):
         build._check_disk(config, 10**8)
     assert not (tmp_path / "run").exists()
 
@@ -63,7 +63,9 @@ def test_a_checkpoint_of_other_sizes_is_refused_with_the_field_and_both_numbers(
 def test_a_fresh_start_over_checkpoints_is_refused(tmp_path, monkeypatch):
     import torch
 
-    monkeypatch.setattr("simla_ds.engine.checkpoint.broadcast_object", lambda value: value)  # no process group here
+    # no process group here
+    monkeypatch.setattr("simla_ds.engine.checkpoint.broadcast_object", lambda value: value)
+    monkeypatch.setattr("simla_ds.engine.checkpoint.gather_objects", lambda value: [value])
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
     assert find_checkpoint(tmp_path, "none", ranks) is None
     (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)

@@ -8,8 +8,11 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
+from simla_ds.engine.export import export_checkpoint
 from simla_ds.hub import SimlaModel
 from tests.engine.launching import ROOT, free_port, launch
 from tests.engine.runs import keys, losses, records, scenes
@@ -103,24 +106,15 @@ def test_a_run_folder_holds_what_the_readme_says(undisturbed):
         assert SimlaModel.from_pretrained(undisturbed / folder).model.config.stream.width == 32
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, undisturbed, damage):
-    """Without a launch: find_checkpoint is what the trainer asks."""
-    import shutil
-
-    from simla_ds.engine.checkpoint import DamagedCheckpoint, check_whole
-
-    copy = tmp_path / "step_00000008"
-    shutil.copytree(undisturbed / "checkpoints" / "step_00000008", copy)
-    check_whole(copy)
-    victim = copy / "teacher.safetensors"
-    content = bytearray(victim.read_bytes())
-    if damage == "truncated":
-        victim.write_bytes(content[:-1])
-    elif damage == "flipped":
-        content[len(content) // 2] ^= 1
-        victim.write_bytes(content)
-    else:
-        victim.unlink()
-    with pytest.raises(DamagedCheckpoint, match=r"teacher\.safetensors"):
-        check_whole(copy)
+def test_exporting_the_last_checkpoint_gives_the_final_folders(tmp_path, undisturbed):
+    export_checkpoint(undisturbed / "checkpoints" / "step_00000008", tmp_path / "model")
+    for folder in (".", "teacher"):
+        exported, final = (
+            load_file(base / folder / "model.safetensors") for base in (tmp_path / "model", undisturbed / "final")
+        )
+        assert exported.keys() == final.keys()
+        assert all(torch.equal(value, final[name]) for name, value in exported.items())
+        for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
+            assert (tmp_path / "model" / folder / name).read_text() == (
+                undisturbed / "final" / folder / name
+            ).read_text()

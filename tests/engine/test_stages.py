@@ -1,19 +1,25 @@
 """What must not depend on how the work is split: ZeRO stage, ranks, accumulation. Through the real launcher, on CPU."""
 
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from simla_ds.engine.checkpoint_folder import check_whole, read_state
 from tests.engine.launching import ROOT, launch
 from tests.engine.runs import keys, losses, records, scenes
 
 pytestmark = pytest.mark.launcher
 
-STEPS = 6
+STEPS = 8
+EVERY = 2
+"""Steps between checkpoints. Resumed at the first, six steps are left to compare."""
 STAGES = [f"zero{stage}" for stage in range(4)]
 FILES = ",".join(str(ROOT / "ds_configs" / f"{stage}.json") for stage in STAGES)
 COMMON = ["--train.steps", str(STEPS), "--model.stream.dropout", "0", "--objectives.itm.negatives", "global"]
-COMMON += ["--train.checkpoint_every", "0", "--eval.every", str(STEPS)]
+COMMON += ["--train.checkpoint_every", str(EVERY), "--train.keep_checkpoints", "9", "--eval.every", str(STEPS)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def relative_difference(a: dict, b: dict) -> float:
     return max(abs(a[s][name] - b[s][name]) / abs(b[s][name]) for s in a for name in a[s])
 
 
-def test_six_steps_move_the_losses(runs):
+def test_these_steps_move_the_losses(runs):
     """Without this the comparisons below could hold for a run that does nothing."""
     first, last = runs["zero0", 1][1], runs["zero0", 1][STEPS]
     assert set(first) == {"loss", "loss/itc", "loss/itm", "loss/mlm", "loss/xmm", "loss/psl"}
@@ -75,6 +81,49 @@ def test_held_out_measures_do_not_depend_on_stage_or_ranks(folders, stage, ranks
     assert found[0]["eval/student/loss/mlm"] != found[1]["eval/student/loss/mlm"]
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def resume(tmp: Path, data, name: str, checkpoint: Path, ranks: int, stages: list[str]) -> dict[str, Path]:
+    """Go on from a checkpoint under each stage in turn; return the run folders."""
+    files = ",".join(str(ROOT / "ds_configs" / f"{stage}.json") for stage in stages)
+    arguments = keys(data, *COMMON, "--train.batch_size", str(8 // ranks), "--resume", str(checkpoint))
+    done = launch("tests.engine.workers.stages", f"{tmp}/{name}", files, *arguments, ranks=ranks, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("resumed from") == len(stages)
+    assert f"goes on at pair {8 * read_state(checkpoint)['step']}" in done.stderr
+    return {stage: tmp / name / stage for stage in stages}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, data, folders):
+    """Two ranks under ZeRO-2, then one rank under each stage, then two ranks again; and where each began."""
+    tmp, begun = tmp_path_factory.mktemp("resumed"), folders["zero2", 2] / "checkpoints" / "step_00000002"
+    alone = resume(tmp, data, "alone", begun, 1, ["zero3", "zero1", "zero0", "zero2"])
+    again = resume(tmp, data, "again", alone["zero3"] / "checkpoints" / "step_00000004", 2, ["zero1", "zero0"])
+    runs = {("alone", stage): (folder, 2) for stage, folder in alone.items()}
+    return runs | {("again", stage): (folder, 4) for stage, folder in again.items()}
+
+
+RESUMED = [("alone", stage) for stage in ("zero3", "zero1", "zero0", "zero2")] + [
+    ("again", "zero1"),
+    ("again", "zero0"),
+]
+
+
+@pytest.mark.parametrize("which", RESUMED, ids="-".join)
+def test_a_run_goes_on_at_another_number_of_ranks_and_stage(folders, runs, resumed, which):
+    folder, begun = resumed[which]
+    undisturbed = {step: values for step, values in runs["zero2", 2].items() if step > begun}
+    after = losses(folder)
+    assert list(after) == list(range(begun + 1, STEPS + 1))
+    assert max(abs(after[s][name] / undisturbed[s][name] - 1) for s in after for name in after[s]) < 1e-5
+    ends = [run / "checkpoints" / f"step_{STEPS:08d}" for run in (folder, folders["zero2", 2])]
+    check_whole(ends[0])
+    queues = [load_file(end / "queue.safetensors") for end in ends]
+    for name in ("image_id", "pointer", "filled"):
+        assert torch.equal(queues[0][name], queues[1][name])
+    torch.testing.assert_close(queues[0]["image"], queues[1]["image"], rtol=0, atol=1e-5)
+    assert read_state(ends[0])["data"]["next"][0] == read_state(ends[1])["data"]["next"][0] == 8 * STEPS
 
 
 def test_two_micro_steps_equal_one_of_twice_the_batch(tmp_path, data):

@@ -7,6 +7,7 @@ flat buffers and their documented order, without anything that simla_ds.engine.z
 
 import argparse
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -21,10 +22,14 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from simla_ds.config import OptimConfig, TrainConfig
+from simla_ds.engine.checkpoint import load_checkpoint, save_checkpoint
+from simla_ds.engine.checkpoint_folder import check_whole, read_state
 from simla_ds.engine.deepspeed_config import resolve_deepspeed_config
-from simla_ds.engine.distributed import finish, start
+from simla_ds.engine.distributed import Ranks, broadcast_object, finish, start
 from simla_ds.engine.optimizer import forget_initial_step, set_learning_rate
-from simla_ds.engine.zero_teacher import Engine, EngineSource, clamp_temperature_master
+from simla_ds.engine.tensor_files import Pieces
+from simla_ds.engine.zero_layout import Engine
+from simla_ds.engine.zero_teacher import EngineSource, clamp_temperature_master
 from simla_ds.model.weight_decay import parameter_groups
 from simla_ds.task import PretrainTask
 from tests.tiny import STREAM, VISION, make_batch, make_task, run_config
@@ -158,6 +163,20 @@ def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max((left[name].double() - right[name].double()).abs().max().item() for name in right)
 
 
+def difference(left: Path, right: Path) -> float:
+    """Return the largest difference between two checkpoints' tensors; infinite when one counts other updates.
+
+    Without the frozen weight: it has no float32 master and is rounded to the training dtype.
+    """
+    check_whole(right)
+    if read_state(left)["adamw_steps"] != read_state(right)["adamw_steps"]:
+        return math.inf
+    old, new = (dict(Pieces(path / "weights")) for path in (left, right))
+    assert old.pop(f"weight/{FROZEN}").shape == new.pop(f"weight/{FROZEN}").shape
+    assert old.keys() == new.keys()
+    return distance(old, new)
+
+
 class Follower:
     """Runs steps on one engine and keeps three EMAs: the real teacher, the truth, one fed by the forward's weights."""
 
@@ -208,21 +227,29 @@ class Follower:
             "fed_by_forward_weights": distance(self.wrong, self.truth),
         }
 
-    def reload(self) -> dict[str, float]:
-        """Save, train on, load: the source must show the saved weights."""
-        box = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-        dist.broadcast_object_list(box)
-        saved = whole_weights(self.engine)
-        self.engine.save_checkpoint(box[0], tag="engine")
-        while not self.step(0):  # an overflow in fp16
-            pass
-        drifted = distance(saved, whole_weights(self.engine))
-        self.engine.load_checkpoint(box[0], tag="engine")
-        loaded = dict(self.source.fp32_parameters())
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(box[0])
-        return {"drifted": drifted, "reloaded": distance(loaded, saved)}
+    def reload(self, folder: Path, before: Path | None) -> dict[str, float]:
+        """Save; load what another layout saved and save that again; load the own; train on, twice from there."""
+        own, ranks = self.save(folder), Ranks(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"))
+        saved, queue = whole_weights(self.engine), self.task.queue
+        report = {}
+        if before is not None:
+            load_checkpoint(before, self.engine, self.task.teacher, queue, ranks)
+            report["carried"] = difference(before, self.save(folder / "carried"))
+        ends = []
+        for _ in range(2):
+            load_checkpoint(own, self.engine, self.task.teacher, queue, ranks)
+            loaded = dict(self.source.fp32_parameters())
+            report["reloaded"] = max(report.get("reloaded", 0.0), distance(loaded, saved))
+            while not self.step(0):  # an overflow in fp16
+                pass
+            ends.append(whole_weights(self.engine))
+        return {**report, "drifted": distance(saved, ends[0]), "continued": distance(*ends)}
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint and return its path."""
+        ranks = Ranks(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"))
+        state = {"step": 1, "samples_seen": 4}
+        return save_checkpoint(folder, self.engine, self.task.teacher, self.task.queue, state, ranks)
 
     def drive(self) -> dict[str, list[float]]:
         """Pull the temperature past each bound; report where it was stored after each step, unclamped and clamped."""
@@ -254,18 +281,22 @@ def main() -> None:
     accelerator: Any = get_accelerator()
     accelerator.is_fp16_supported = lambda: True  # slow here, but its masters are laid out as on a GPU
     ranks = start()
-    lines = []
+    lines, before = [], None
+    box = broadcast_object(tempfile.mkdtemp())
     for layout in arguments.layouts:
         started = time.monotonic()
         kind = PretrainTask if arguments.whole_task else OnePassTask
         follower = Follower(layout, kind, ranks.rank, ranks.world_size)
         report = {"layout": layout, "optimizer": type(follower.engine.optimizer).__name__}
         report |= follower.follow(arguments.steps)
-        report |= follower.reload() if arguments.whole_task else {}
+        if arguments.whole_task:
+            report |= follower.reload(Path(box) / layout, before)
+            before = Path(box) / layout / "step_00000001"
         report |= {"temperature": follower.drive(), "seconds": time.monotonic() - started}
         lines.append(json.dumps(report))
         follower.engine.destroy()
     if ranks.is_main:
+        shutil.rmtree(box)
         arguments.out.write_text("\n".join(lines) + "\n")
     finish()
 
