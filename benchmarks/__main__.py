@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = {"kernels": "the fused operations against what they replace", "compilation": "what compilers make of them"}
+BENCHMARKS = {
+    "kernels": "the fused operations against what they replace",
+    "compilation": "what compilers make of them",
+    "step": "a whole training step against the published order and FLAVA",
+}
 
 
 def main(argv: list[str]) -> int:
