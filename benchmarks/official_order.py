@@ -9,11 +9,14 @@ B pairs, L padded caption length, N = P + 1 image rows, D width, E projection wi
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.head_orders import IGNORED, Head, mlm_official_order, xmm_official_order
+from simla_ds.model.gelu_linear import GeluLinear
 from simla_ds.model.heads import Classifier
 from simla_ds.model.layer_norm import ResidualLayerNorm
 from simla_ds.model.simla import Simla
@@ -32,7 +35,7 @@ class OfficialOrder:
     def __init__(self, task: PretrainTask):
         self.task, self.student, self.teacher = task, task.model, task.teacher.module
         for network in (self.student, self.teacher):
-            use_eager_attention(network)
+            use_plain_operations(network)
         self.cls = task.config.model.vocabulary.cls
         image, text, _ = task.queue.keys()
         self.image_queue, self.text_queue = image.T.contiguous(), text.T.contiguous()  # (E, Q), as published
@@ -140,11 +143,17 @@ class OfficialOrder:
         return (1 - alpha) * bce(logits, hard) + alpha * bce(logits, soft)
 
 
-def use_eager_attention(network: nn.Module) -> None:
-    """Make timm's blocks multiply, softmax and multiply, as the published ViT does."""
+def use_plain_operations(network: nn.Module) -> None:
+    """Make attention of timm's blocks eager, and autograd keep what GELU made, as the published code does."""
     for module in network.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # type: ignore[assignment]  timm's own switch
+        if isinstance(module, GeluLinear):
+            module.forward = partial(_gelu_linear, module)
+
+
+def _gelu_linear(layer: GeluLinear, x: Tensor) -> Tensor:
+    return F.linear(F.gelu(x), layer.weight, layer.bias)
 
 
 def head_of(classifier: Classifier) -> Head:
@@ -180,7 +189,7 @@ def run_stream(
             assert isinstance(layer.cross_attention, Attention)
             floor = torch.finfo(x.dtype).min
             x, _ = attend(layer.cross_attention, x, context, bias(context_mask, floor))
-        inner = F.gelu(layer.feed_forward.up(x))
+        inner = layer.feed_forward.up(x)
         x = add_and_normalise(layer.feed_forward.norm, layer.feed_forward.down(inner), x)
     return x, attention
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.head_orders import IGNORED
 from benchmarks.official_order import OfficialOrder
 from benchmarks.step_sizes import changed, make_task
 from simla_ds.config import Config
@@ -22,7 +23,7 @@ from simla_ds.types import Batch, Features, Request
 
 ALPHA, LEARNING_RATE, WEIGHT_DECAY, MOMENTUM = 0.4, 1e-4, 0.02, 0.995
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""cpu: seconds that this process computed, on all its threads; for a machine that others use as well, with one thread."""
+"""cpu: seconds that this process computed, on all its threads; for a machine that others use too, with one thread."""
 
 
 class Clock:
@@ -184,8 +185,9 @@ class Flava(Contender):
     """transformers.FlavaForPreTraining at the same widths, depths, resolution and batch."""
 
     computes = (
-        "FLAVA: contrast within the batch, ITM, masked patches and words of one fused pass over text and image together "
-        "(half as many fused layers); no teacher, no queue, no keywords, no second fused direction, no dropout; fused AdamW"
+        "FLAVA: contrast within the batch, ITM, masked patches and words of one fused pass over text and image "
+        "together (half as many fused layers); no teacher, queue, keywords, second fused direction or dropout; "
+        "fused AdamW"
     )
 
     def __init__(self, config: Config, dtype: torch.dtype):
@@ -221,7 +223,8 @@ class Flava(Contender):
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the summed loss, every pair a matched one."""
-        labels = torch.full_like(batch["input_ids"], -100).flatten().index_copy(0, batch["label_index"], batch["labels"])
+        labels = torch.full_like(batch["input_ids"], IGNORED).flatten()
+        labels = labels.index_copy(0, batch["label_index"], batch["labels"])
         mask = batch["text_mask"].long()
         return self.model(
             input_ids=batch["input_ids"],
