@@ -19,6 +19,7 @@ CPU_FLASH = {
     ),
 }
 """Missing from torch's registry. The backward's count includes the scores that flash makes again."""
+REGISTRY = {**flop_registry, aten.addmm_: flop_registry[aten.addmm], aten.baddbmm_: flop_registry[aten.baddbmm]}
 PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
 
 
@@ -51,8 +52,8 @@ class Operations(TorchDispatchMode):
             out = func(*args, **kwargs)
         if packet in CPU_FLASH:
             self.total += CPU_FLASH[packet](*args[: 4 if "backward" in packet.__name__ else 3])
-        elif packet in flop_registry:
-            self.total += flop_registry[packet](*args, **{k: v for k, v in kwargs.items() if k != "out"}, out_val=out)
+        elif packet in REGISTRY:
+            self.total += REGISTRY[packet](*args, **{k: v for k, v in kwargs.items() if k != "out"}, out_val=out)
         return out
 
 

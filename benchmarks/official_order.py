@@ -45,7 +45,7 @@ class OfficialOrder:
     def move_teacher(self, momentum: float) -> None:
         """Move the teacher towards the student, one parameter after the other; before each forward."""
         for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            ours.data.copy_(ours.data * momentum + theirs.data * (1 - momentum))
+            ours.data = ours.data * momentum + theirs.data * (1 - momentum)
 
     def losses(self, batch: Batch, alpha: float) -> dict[str, Tensor]:
         """Return every loss by name and their sum as `total`; the queue is overwritten on the way."""

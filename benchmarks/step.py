@@ -47,7 +47,7 @@ def run(size: str, precision: str, repeats: int, clock: str) -> dict[str, Any]:
         "config": size,
         "precision": precision,
         "clock": clock,
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%dT%H:%M"),
         "environment": environment(),
         "inside": "forward, backward, AdamW, queue and teacher; not: data, visual tokeniser, gradient clipping",
         "note": ""
@@ -189,12 +189,16 @@ def describe(result: dict[str, Any]) -> str:
         "than the official order saves in fp32"
     )
     keys = ("ratio_vs_official_order", "ratio_vs_official_order_autocast", "ratio_vs_flava", "useful_share_of_gemm")
-    keys += ("gemm_gflops", "loss_difference", "official_order_slower_than_published")
+    keys += ("gemm_gflops", "loss_difference")
     lines += [f"{key}: {result[key]:.3g}" for key in keys if result.get(key) is not None]
-    if (result.get("official_order_slower_than_published") or 0) > SLOWER_AT_MOST:
+    if slower := result.get("slower_than_published"):
+        baseline, control = slower["official order"], slower["FLAVA"]
         lines.append(
-            f"the baseline is more than {SLOWER_AT_MOST} times slower than published: mend it before comparing"
+            f"share of the GEMM rate, published over here: official order {baseline:.2f}, FLAVA (unchanged code) "
+            f"{control:.2f}; what is left to the baseline: {baseline / control:.2f}"
         )
+        if min(baseline, baseline / control) > SLOWER_AT_MOST:
+            lines.append(f"the baseline is more than {SLOWER_AT_MOST} times slower than published: mend it first")
     return "\n".join(lines)
 
 

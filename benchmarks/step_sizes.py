@@ -51,13 +51,18 @@ SIZES = {
 """full: ViT-B/16 at 256 px and a BERT-base stack (SIMLA's). tiny: to try the benchmark itself."""
 
 
-def changed(config: Config, **settings: Any) -> Config:
-    """Return a configuration with dotted settings replaced, dots written as `__`."""
+def changed(config: Any, **settings: Any) -> Any:
+    """Return a configuration with dotted settings replaced, dots written as `__`; all at once, then checked."""
+    replaced: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         section, _, rest = name.partition("__")
-        inner = changed(getattr(config, section), **{rest: value}) if rest else value
-        config = replace(config, **{section: inner})
-    return config
+        if rest:
+            inner.setdefault(section, {})[rest] = value
+        else:
+            replaced[name] = value
+    replaced |= {section: changed(getattr(config, section), **of) for section, of in inner.items()}
+    return replace(config, **replaced)
 
 
 def make_task(config: Config, dtype: torch.dtype = torch.float32) -> PretrainTask:
