@@ -5,7 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = {"kernels": "the fused operations against what they replace", "compilation": "what compilers make of them"}
+BENCHMARKS = {
+    "kernels": "the fused operations against what they replace",
+    "compilation": "what compilers make of them",
+    "step": "a whole training step against the published order and FLAVA",
+    "growth": "how a step's cost grows with batch, length, resolution, queue, depth and width",
+    "report": "the history of what was stored, and what got worse",
+}
 
 
 def main(argv: list[str]) -> int:

@@ -111,7 +111,7 @@ def _for_flash(q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
 def _torch_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor | None, p: float, seed: Tensor, cls: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, what backward needs (the weights; log-sum-exp where flash runs) and the [CLS] row."""
+    """Return the output, what backward needs (log-sum-exp where flash runs, else nothing) and the [CLS] row."""
     k, v, mask = _read_by(index, k), _read_by(index, v), None if mask is None else _read_by(index, mask)
     row = _weights(q[:, :, :1].float(), k.float(), mask)[:, :, 0] if cls else _no_row(q)
     if _is_flash(q, q.shape[2], k.shape[2], p):
@@ -120,12 +120,12 @@ def _torch_forward(
         return _by_token(out), state.contiguous(), row
     weights = _weights(q, k, mask)
     if not p:
-        return weights @ v, weights, row
-    return ((weights * keep_mask(seed, weights, p)) @ v).div_(1 - p), weights, row
+        return weights @ v, _no_row(q), row
+    return ((weights * keep_mask(seed, weights, p)) @ v).div_(1 - p), _no_row(q), row
 
 
 def _torch_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, state: Tensor,
     mask: Tensor | None, index: Tensor | None, p: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     key_rows = k.shape[0]
@@ -140,12 +140,13 @@ def _torch_backward(
     else:
         scale = q.shape[-1] ** -0.5
         dout = dout / (1 - p) if p else dout.contiguous()  # read twice: copied for each product otherwise
-        dweights, kept = dout @ v.transpose(-1, -2), state
+        weights = _weights(q, k, mask)  # again: kept from forward they would outweigh everything else
+        dweights, kept = dout @ v.transpose(-1, -2), weights
         if p:
-            keep = keep_mask(seed, state, p)
-            kept, dweights = state * keep, dweights.mul_(keep)
+            keep = keep_mask(seed, weights, p)
+            kept, dweights = weights * keep, dweights.mul_(keep)
         dv = kept.transpose(-1, -2) @ dout
-        dscores = aten._softmax_backward_data(dweights, state, -1, state.dtype)
+        dscores = aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
         if mask is not None:  # a row without visible keys: its weights do not depend on its scores
             dscores.masked_fill_(~mask.any(-1)[:, None, None, None], 0.0)
         dq = (dscores @ k).mul_(scale)
@@ -227,17 +228,18 @@ def _(q, k, v, mask, index, p, seed, cls):
     row = q.new_empty((rows, heads, k.shape[2]) if cls else (0,), dtype=torch.float32)
     if _by_triton("cross_attention", q, k, v) or _is_flash(q, queries, k.shape[2], p):
         return _by_token(q.new_empty(q.shape)), q.new_empty((rows, heads, queries), dtype=torch.float32), row
-    return q.new_empty(q.shape), q.new_empty((rows, heads, queries, k.shape[2])), row
+    return q.new_empty(q.shape), _no_row(q), row
 
 
 @torch.library.custom_op("simla_kernels::cross_attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, state: Tensor,
     mask: Tensor | None, index: Tensor | None, p: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if _by_triton("cross_attention", q, k, v):
         from simla_kernels import cross_attention_triton as kernels
 
+        assert out is not None  # kept where the log-sum-exp is
         return kernels.backward(dout, q, k, v, out, state, _codes(mask), index, p, int(seed))
     return _torch_backward(dout, q, k, v, out, state, mask, index, p, seed)
 
@@ -253,7 +255,8 @@ def _(dout, q, k, v, out, state, mask, index, p, seed):
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, mask, index, ctx.p, seed, _ = inputs
     out, state, row = output
-    ctx.save_for_backward(q, k, v, out, state, mask, index, seed)
+    read = out if state.numel() else None  # by the fused paths only
+    ctx.save_for_backward(q, k, v, read, state, mask, index, seed)
     ctx.mark_non_differentiable(state, row)
     ctx.set_materialize_grads(False)
 

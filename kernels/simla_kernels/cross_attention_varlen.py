@@ -16,6 +16,7 @@ from simla_kernels.cross_attention import (
     _by_triton,
     _check_range,
     _is_flash,
+    _no_row,
     _read_by,
     _refuses,
     _torch_backward,
@@ -105,7 +106,7 @@ def _forward(
 @_forward.register_fake
 def _(q, k, v, cu_q, cu_k, max_q, max_k, index, p, seed, cls):
     rows, heads = cu_q.numel() - 1, q.shape[1]
-    state = q.new_empty((rows, heads, max_q, max_k))
+    state = _no_row(q)
     if _by_triton("cross_attention_varlen", q, k, v):
         state = q.new_empty((heads, q.shape[0]), dtype=torch.float32)
     elif _is_flash(q, max_q, max_k, p):
@@ -115,15 +116,17 @@ def _(q, k, v, cu_q, cu_k, max_q, max_k, index, p, seed, cls):
 
 @torch.library.custom_op("simla_kernels::cross_attention_varlen_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Tensor, cu_q: Tensor, cu_k: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, state: Tensor, cu_q: Tensor, cu_k: Tensor,
     max_q: int, max_k: int, index: Tensor | None, p: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if _by_triton("cross_attention_varlen", q, k, v):
         from simla_kernels import cross_attention_triton as kernels
 
         packing = kernels.Packing(cu_q, cu_k, max_q, max_k)
+        assert out is not None  # kept where the log-sum-exp is
         return kernels.backward(dout, q, k, v, out, state, None, index, p, int(seed), packing)
-    dout, asking, out = (_pad(t, cu_q, max_q) for t in (dout, q, out))
+    dout, asking = _pad(dout, cu_q, max_q), _pad(q, cu_q, max_q)
+    out = None if out is None else _pad(out, cu_q, max_q)
     mask = _inside(cu_k, max_k)
     answering = _pad(k, cu_k, max_k), _pad(v, cu_k, max_k)
     dq, dk, dv = _torch_backward(dout, asking, *answering, out, state, mask, index, p, seed)
@@ -138,7 +141,8 @@ def _(dout, q, k, v, out, state, cu_q, cu_k, max_q, max_k, index, p, seed):
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, index, ctx.p, seed, _ = inputs
     out, state, row = output
-    ctx.save_for_backward(q, k, v, out, state, cu_q, cu_k, index, seed)
+    read = out if state.numel() else None  # by the fused paths only
+    ctx.save_for_backward(q, k, v, read, state, cu_q, cu_k, index, seed)
     ctx.mark_non_differentiable(state, row)
     ctx.set_materialize_grads(False)
 

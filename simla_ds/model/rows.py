@@ -91,7 +91,8 @@ class Rows:
     def pad(self, x: Tensor) -> Tensor:
         """(T, ...) to (R, L, ...), zeros at slots that are not kept."""
         if self.index is not None:
-            x = x.new_zeros(self.count * self.width, *x.shape[1:]).index_copy(0, self.index, x)
+            # not index_copy, which keeps x for a backward that only looks at its shape
+            x = x.new_zeros(self.count * self.width, *x.shape[1:]).index_put((self.index,), x)
         return x.unflatten(0, (self.count, self.width))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simla_ds.config import StreamConfig, VocabularyConfig
+from simla_ds.model.gelu_linear import GeluLinear
 from simla_ds.model.layer_norm import ResidualLayerNorm, layer_norm
 from simla_ds.model.rows import Rows, attend, first_attention
 
@@ -96,12 +97,12 @@ class FeedForward(nn.Module):
     def __init__(self, config: StreamConfig):
         super().__init__()
         self.up = nn.Linear(config.width, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.width)
+        self.down = GeluLinear(config.intermediate_size, config.width)
         self.norm = ResidualLayerNorm(config.width, LAYER_NORM_EPS, config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return self.norm(self.down(F.gelu(self.up(x))), x)
+        return self.norm(self.down(self.up(x)), x)
 
 
 class StreamLayer(nn.Module):

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simla_ds.config import VisionConfig
+from simla_ds.model.gelu_linear import GeluLinear
 from simla_ds.model.stream import init_linear
+
+
+class _Mlp(Mlp):
+    """timm's feed-forward layer, of whose activations only what enters the GELU is kept for backward."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.act = nn.Identity()
+        self.fc2 = GeluLinear(self.fc2.in_features, self.fc2.out_features)
 
 
 class ImageEncoder(VisionTransformer):
@@ -27,6 +40,7 @@ class ImageEncoder(VisionTransformer):
             num_heads=config.heads,
             mlp_ratio=config.mlp_ratio,
             num_classes=0,
+            mlp_layer=_Mlp,
             global_pool="",
             dynamic_img_size=True,  # other resolutions resample pos_embed
         )
