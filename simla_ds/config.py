@@ -336,6 +336,8 @@ class DataConfig:
     """Strength of RandAugment, 0 to 10."""
     workers: int = 1
     """Loader processes per rank; 0 loads in the training process."""
+    timeout: int = 600
+    """Seconds without anything from the loader processes after which the run ends; 0: waits for ever."""
     shuffle_window: int = 64
     """Shards whose samples are shuffled together: the epoch permutes the shards, then samples within each window."""
 
@@ -412,6 +414,8 @@ class TrainConfig:
     """Optimizer steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    max_bad_steps: int = 10
+    """Steps in a row with losses or gradients that are not finite, each skipped, after which the run ends."""
     wandb_project: str = ""
     """Weights & Biases project to log to (extra `track`); empty: off."""
 
@@ -420,6 +424,7 @@ class TrainConfig:
         _require(self.grad_accumulation >= 1, f"train.grad_accumulation must be >= 1, got {self.grad_accumulation}")
         _require(self.seed >= 0, f"train.seed must be >= 0, got {self.seed}")
         _require(self.steps >= 0 and self.samples >= 1, "train.steps must be >= 0 and train.samples >= 1")
+        _require(self.max_bad_steps >= 1, f"train.max_bad_steps must be >= 1, got {self.max_bad_steps}")
         _require(self.keep_checkpoints >= 1, f"train.keep_checkpoints must be >= 1, got {self.keep_checkpoints}")
 
 

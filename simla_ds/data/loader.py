@@ -29,6 +29,10 @@ _CHUNK = 16
 """Most samples that a worker reads between two deliveries."""
 
 
+class StalledData(RuntimeError):
+    """Loader processes have died or say nothing any more."""
+
+
 @dataclass
 class Chunk:
     """What a worker hands over: results in order, their pictures as one tensor each (one piece of shared memory)."""
@@ -199,7 +203,14 @@ class PairLoader:
         if self._chunks is None:
             self._chunks = iter(self._data_loader())
         while not self._pending:
-            self._pending.extend(next(self._chunks).unpack())
+            try:
+                chunk = next(self._chunks)
+            except RuntimeError as error:  # torch's word for a worker that is silent or gone
+                raise StalledData(
+                    f"rank {self.rank}: a loader process of data.train={self.config.data.train} is stuck or gone "
+                    f"(data.timeout={self.config.data.timeout} s): {str(error).splitlines()[0]}"
+                ) from error
+            self._pending.extend(chunk.unpack())
         _, result = self._pending.popleft()
         self._element += self.world_size
         return result
@@ -212,6 +223,7 @@ class PairLoader:
             self.dataset,
             batch_sampler=_chunked(self._stream, self._element, self.world_size, chunk),
             num_workers=workers,
+            timeout=self.config.data.timeout if workers else 0,
             prefetch_factor=ahead,
             collate_fn=_as_it_is,
             worker_init_fn=_start_worker,
@@ -277,5 +289,8 @@ def _as_it_is(chunk: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's: it checkpoints, then ends us
+    # Ctrl-C and the launcher's SIGTERM to the whole tree are the training process's: it saves, then ends us. A second
+    # SIGTERM is from there.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -132,6 +132,9 @@ class Pieces(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries  # Mapping's own would read the tensor
+
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name, 0, prod(self.shape(name))).view(self.shape(name))
 

@@ -23,6 +23,7 @@ from simla_ds.engine.checkpoint import find_checkpoint, load_checkpoint, save_ch
 from simla_ds.engine.checkpoint_folder import prune_checkpoints, read_state
 from simla_ds.engine.deepspeed_config import resolve_deepspeed_config, resolve_precision
 from simla_ds.engine.distributed import Ranks, gather_objects, mean_over_ranks
+from simla_ds.engine.faults import FiniteGuard, StopRequest
 from simla_ds.engine.metrics import Alarms, Metrics, peak_memory_mb
 from simla_ds.engine.optimizer import forget_initial_step, learning_rate, set_learning_rate
 from simla_ds.engine.watch import Watch
@@ -71,9 +72,11 @@ class Trainer:
         self.alarms = Alarms(self.config)
         self.watch = Watch(self.config, self.engine, self.task, self.source, self.tokenizer, self.visual_tokenizer)
         self.window = _Window()
+        self.guard = FiniteGuard(self.engine, config.train.max_bad_steps)
+        self.stop = StopRequest()
 
     def fit(self) -> None:
-        """Train to the last step, then write final/."""
+        """Train to the last step, then write final/; or, told by a signal, save and return."""
         if self.step == 0:
             self._evaluate()
         while self.step < self.total_steps:
@@ -84,9 +87,15 @@ class Trainer:
                 self._write(self.watch.gradient_shares(self.last_batch, self.alpha))
             if self._due(self.config.eval.every) or self.step == self.total_steps:
                 self._evaluate()
-            if self._due(self.config.train.checkpoint_every) or self.step == self.total_steps:
+            stop = self.stop.agreed()
+            if self._due(self.config.train.checkpoint_every) or self.step == self.total_steps or stop:
                 self._checkpoint()
-        self._write_final()
+            if stop and self.step < self.total_steps:
+                self.metrics.say(f"stopped by a signal: saved at step {self.step}, --resume auto goes on from there")
+                break
+        else:
+            self._write_final()
+        self.stop.close()
         self.loader.close()
         self.metrics.close()
 
@@ -114,13 +123,27 @@ class Trainer:
             self.engine.step()  # a no-op until the accumulation boundary
             self.queue.push(**outputs["queue_rows"])
             self.window.add(outputs)
-        if self.engine.was_step_applied():
+        bad = self.guard.verdict(self.window.outputs[-self.micro_steps :])
+        if bad is None:
             model = self.config.model
             clamp_temperature_master(self.engine, model.temperature_min, model.temperature_max)
             if not self.config.official:
                 self.teacher.update(self.source, momentum)
+        else:
+            self._skip(bad)
         self.last_batch = batches[-1]
         self.step += 1
+
+    def _skip(self, bad: list[str]) -> None:
+        """Leave a step that was not applied out of the means, and say why."""
+        del self.window.outputs[-self.micro_steps :]
+        if bad:
+            self._write({"skipped_step": bad})
+            limit = self.config.train.max_bad_steps
+            self.metrics.say(
+                f"step {self.step} skipped: {', '.join(bad)} not finite; {self.guard.in_a_row} in a row, the run ends "
+                f"at {limit} (train.max_bad_steps)"
+            )
 
     def _next_batches(self) -> list[Batch]:
         """Return the micro-batches of one optimizer step, on the device.
@@ -146,14 +169,10 @@ class Trainer:
 
     def _log(self) -> None:
         """Write the means since the last line, over ranks."""
+        if not self.window.outputs:  # every step was skipped
+            return
         names, values = self.window.means()
         numbers = dict(zip(names, mean_over_ranks(values).tolist(), strict=True))
-        bad = [name for name, value in numbers.items() if name.startswith("loss") and value != value]
-        if bad:
-            raise FloatingPointError(
-                f"step {self.step}: {', '.join(bad)} is not a number; the last checkpoint is kept. Lower "
-                f"optim.learning_rate ({self.config.optim.learning_rate}) or set train.precision fp32"
-            )
         pairs = self.window.steps * self.config.train.batch_size * self.ranks.world_size
         grad_norm = self.engine.get_global_grad_norm()
         record = {

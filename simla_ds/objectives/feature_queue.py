@@ -55,8 +55,9 @@ class FeatureQueue:
         image, text, ids = (gather_rows(t)[-self.size :] for t in (image_feature, text_feature, image_id))
         count = image.shape[0]
         rows = (torch.arange(count, device=self.image.device) + self.pointer) % self.size
-        self.image.index_copy_(0, rows, image.float())
-        self.text.index_copy_(0, rows, text.float())
+        # what is not finite would spoil every step until it is overwritten: a zero vector is nobody's neighbour
+        self.image.index_copy_(0, rows, image.float().nan_to_num(0, 0, 0))
+        self.text.index_copy_(0, rows, text.float().nan_to_num(0, 0, 0))
         self.image_id.index_copy_(0, rows, ids)
         self.pointer = (self.pointer + count) % self.size
         self.filled = min(self.size, self.filled + count)

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,9 +23,26 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Run `deepspeed --num_accelerators RANKS SCRIPT ARGS` over gloo; return exit status, stdout and stderr.
 
+    On timeout the launcher and all its ranks are killed and a TimeoutError tells what they had printed.
+    """
+    with launching(script, *args, ranks=ranks, cwd=cwd) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            stdout, stderr = process.communicate()
+            raise TimeoutError(f"{script} ran longer than {timeout} s\n{stdout[-4000:]}\n{stderr[-4000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+@contextmanager
+def launching(
+    script: str | Path, *args: str, ranks: int = 1, cwd: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """Start `deepspeed --num_accelerators RANKS SCRIPT ARGS`; kill what is left of it at the end.
+
     Each rank has one thread: tests run side by side, and threads that wait for each other slow tiny models tenfold.
     A script that does not end in .py is a module's dotted name, run from the checkout (so that it can import tests.*).
-    On timeout the launcher and all its ranks are killed and a TimeoutError tells what they had printed.
     """
     scripts = Path(sys.executable).parent  # of the environment: `deepspeed`, and ninja, which torch looks for on PATH
     environment = {
@@ -38,9 +57,8 @@ def launch(
     if not str(script).endswith(".py"):
         command.append("--module")
         cwd = cwd or ROOT
-    command += [str(script), *args]
     process = subprocess.Popen(
-        command,
+        [*command, str(script), *args],
         env=environment,
         cwd=cwd,
         text=True,
@@ -49,12 +67,11 @@ def launch(
         start_new_session=True,  # a process group of its own, to be killed whole
     )
     try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate()
-        raise TimeoutError(f"{script} ran longer than {timeout} s\n{stdout[-4000:]}\n{stderr[-4000:]}") from None
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def free_port() -> int:
