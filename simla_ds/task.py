@@ -33,6 +33,8 @@ class PretrainTask(nn.Module):
         self.passes = PASSES[config.train.passes]()
         self._teacher = [teacher]  # in a list, so that it is not registered as a submodule
         networks = Networks(model, teacher.module)
+        for network in (model, teacher.module):
+            network.image_encoder.visible_patches = config.visible_patches
         self.objectives: dict[str, Objective] = {
             name: OBJECTIVES[name](networks, config.objectives, model.config.vocabulary)
             for name in config.objectives.enabled

@@ -87,11 +87,20 @@ def test_fast_equals_plain_for_captions_of_odd_lengths(
         {"xmm": CrossModalConfig(text_keys="encoded")},
         {"xmm": CrossModalConfig(text_keys="encoded"), "stream": ALBEF},
         {"xmm": CrossModalConfig(distill=False)},
+        {"xmm": CrossModalConfig(visible_only=True)},
         {"itm": MatchingConfig(negatives="global")},
         {"psl": PseudoLabelConfig(whole_words=True)},
         {"teacher": TeacherConfig(dropout=True), "fidelity": "official"},
     ],
-    ids=["encoded", "encoded albef", "no distillation", "global negatives", "whole words", "teacher in train mode"],
+    ids=[
+        "encoded",
+        "encoded albef",
+        "no distillation",
+        "visible patches",
+        "global negatives",
+        "whole words",
+        "teacher in train mode",
+    ],
 )
 def test_fast_equals_plain_under_other_settings(options: dict[str, Any]):
     assert_fast_equals_plain(make_batch(LENGTHS), **options)

@@ -126,6 +126,19 @@ def test_without_xmm_and_fused_objectives_nothing_but_the_two_encoders_runs():
         assert network.of("stream.layers.0") == [TOKENS]
 
 
+def test_with_visible_patches_only_masked_pictures_are_shorter_rows():
+    config = run_config("fast", xmm=CrossModalConfig(visible_only=True, mask_ratio=4 / 9))
+    for network in count(config, make_batch(LENGTHS)):
+        assert network.of("image_encoder.blocks.0") == [BATCH * (1 + 5), BATCH * IMAGE_ROWS]  # 5 of 9 patches
+        assert BATCH * IMAGE_ROWS in network.of("stream.layers.0")  # there they are whole again
+
+
+def test_without_distillation_the_teacher_runs_nothing_for_xmm():
+    _, teacher = count(run_config("fast", xmm=CrossModalConfig(distill=False)), make_batch(LENGTHS))
+    assert teacher.of("image_encoder.blocks.0") == [BATCH * IMAGE_ROWS]
+    assert BATCH * IMAGE_ROWS not in teacher.of("stream.layers.0")
+
+
 def test_plain_runs_every_request_by_itself_with_its_padding():
     student, teacher = count(run_config("plain"), make_batch(LENGTHS))
     padded, images = BATCH * WIDTH, BATCH * IMAGE_ROWS

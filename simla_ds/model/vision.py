@@ -47,6 +47,8 @@ class ImageEncoder(VisionTransformer):
         self.blocks.apply(lambda module: init_linear(module, config.width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.activation_checkpointing = False
+        self.visible_patches = 0
+        """Patches of a masked picture that are encoded; the others join behind the encoder, as mask tokens. 0: all."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  timm's takes an attention mask, ours hides patches
         self, image: Tensor, patch_mask: Tensor | None = None, *, keep_clean: bool = False
@@ -62,13 +64,35 @@ class ImageEncoder(VisionTransformer):
             (B, P + 1, D) tokens, [CLS] first; (2B, P + 1, D) with keep_clean.
         """
         x = self.patch_embed(image.to(self.mask_token.dtype))  # (B, grid, grid, D)
-        if patch_mask is not None:
-            hidden = torch.where(patch_mask.view(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
-            x = torch.cat([x, hidden]) if keep_clean else hidden
-        x = self.norm_pre(self._pos_embed(x))
+        if patch_mask is None:
+            return self._encode(self._tokens(x))
+        hidden = torch.where(patch_mask.view(*x.shape[:3], 1), self.mask_token.to(x.dtype), x)
+        if self.visible_patches:
+            masked = self._encode_visible(self._tokens(hidden), patch_mask)
+            return torch.cat([self._encode(self._tokens(x)), masked]) if keep_clean else masked
+        return self._encode(self._tokens(torch.cat([x, hidden]) if keep_clean else hidden))
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """(B, grid, grid, D) patches to (B, P + 1, D) with [CLS] and positions."""
+        return self.norm_pre(self._pos_embed(x))
+
+    def _encode(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)  # the reentrant kind breaks under ZeRO-2
             else:
                 x = block(x)
         return self.norm(x)
+
+    def _encode_visible(self, tokens: Tensor, patch_mask: Tensor) -> Tensor:
+        """Encode [CLS] and the first `visible_patches` that are not hidden, as MAE does; equally many of each picture.
+
+        Block masks hide a few patches less than they aim at: what is visible beyond those is left out as well.
+        """
+        rows, length = tokens.shape[:2]
+        first = patch_mask.byte().argsort(dim=1, stable=True)[:, : self.visible_patches] + 1
+        index = torch.cat([torch.zeros_like(first[:, :1]), first], dim=1)
+        index = (index + torch.arange(rows, device=index.device)[:, None] * length).flatten()
+        seen = self._encode(tokens.flatten(0, 1).index_select(0, index).unflatten(0, (rows, -1)))
+        everywhere = self.mask_token.to(seen.dtype).view(1, -1).expand(rows * length, -1)
+        return everywhere.index_put((index,), seen.flatten(0, 1)).unflatten(0, (rows, length))

@@ -99,3 +99,35 @@ def test_clean_and_masked_pictures_in_one_pass_equal_two_passes(encoder: ImageEn
     assert merged.keys() == gradients.keys() == dict(encoder.named_parameters()).keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(merged[name], gradient, atol=1e-9, rtol=1e-9, msg=name)
+
+
+def test_with_visible_patches_only_hidden_ones_are_neither_seen_nor_computed(encoder: ImageEncoder):
+    image, mask = make_images(24), torch.zeros(3, 9, dtype=torch.bool)
+    mask[0, [0, 4, 8]] = mask[1, [1, 2, 3]] = mask[2, [6, 7]] = True  # one picture hides less than the others
+    encoder.visible_patches = 6
+    out = encoder(image, mask)
+    seen = ~mask
+    seen[2, 8] = False  # and its last patch is left out as well
+    for row in range(3):
+        tokens = encoder._pos_embed(encoder.patch_embed(image[row : row + 1]))
+        kept = [0, *(seen[row].nonzero()[:, 0] + 1).tolist()]
+        alone = encoder.norm(encoder.blocks(tokens[:, kept]))
+        torch.testing.assert_close(out[row, kept], alone[0])
+    torch.testing.assert_close(out[:, 1:][~seen], encoder.mask_token[0].expand(9, -1))
+
+
+def test_with_visible_patches_only_clean_pictures_are_whole(encoder: ImageEncoder):
+    image, mask = make_images(24), torch.arange(9).expand(3, 9) < 3
+    clean = encoder(image)
+    encoder.visible_patches = 6
+    both = encoder(image, mask, keep_clean=True)
+    torch.testing.assert_close(both[:3], clean)
+    torch.testing.assert_close(both[3:], encoder(image, mask))
+
+
+def test_a_mask_that_hides_more_than_its_aim_leaks_nothing(encoder: ImageEncoder):
+    image, mask = make_images(24), torch.arange(9).expand(3, 9) < 5
+    encoder.visible_patches = 6  # of which only four are visible
+    other = image.clone()
+    other[:, :, :8] = 7.0  # the first three patches, all hidden
+    torch.testing.assert_close(encoder(other, mask), encoder(image, mask))
