@@ -22,7 +22,7 @@ import torch
 from benchmarks import cost_model
 from benchmarks.operations_model import step_operations
 from benchmarks.step_contenders import CLOCKS, Clock, Ours
-from benchmarks.step_process import count
+from benchmarks.step_process import count, count_bytes
 from benchmarks.step_sizes import COCO_TOKENS, LONGEST, SIZES, changed, make_batch
 from benchmarks.timing import environment
 from simla_ds.config import Config
@@ -85,7 +85,7 @@ def measure(config: Config, tokens: int, clock: str, repeats: int) -> dict[str, 
     """Return operations, bytes and seconds of a step."""
     batch = make_batch(config, tokens=tokens)
     contender = Ours(config, torch.float32)
-    counted = count(contender, batch)
+    counted = count_bytes(contender, batch) | count(contender, batch)
     times = []
     for _ in range(repeats):
         watch = Clock(clock)
