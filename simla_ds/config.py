@@ -343,6 +343,12 @@ class DataConfig:
     """Seconds without anything from the loader processes after which the run ends; 0: waits for ever."""
     shuffle_window: int = 64
     """Shards whose samples are shuffled together: the epoch permutes the shards, then samples within each window."""
+    cache_dir: str = "~/.cache/simla_ds/shards"
+    """Where copies of remote shards (http://, s3://, pipe:) are kept."""
+    cache_gb: float = 50.0
+    """Most gigabytes of them; should hold shuffle_window shards, or some are fetched again and again."""
+    fetch_tries: int = 8
+    """Tries to fetch a shard, after waits from 0.2 to 30 s; then its samples are skipped."""
 
     def __post_init__(self):
         low, high = self.crop_scale
@@ -350,6 +356,8 @@ class DataConfig:
         _require(self.max_tokens >= 3, f"data.max_tokens must be >= 3, got {self.max_tokens}")
         _require(self.shuffle_window >= 1, f"data.shuffle_window must be >= 1, got {self.shuffle_window}")
         _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
+        _require(self.cache_gb > 0, f"data.cache_gb must be > 0, got {self.cache_gb}")
+        _require(self.fetch_tries >= 1, f"data.fetch_tries must be >= 1, got {self.fetch_tries}")
         _require(
             0 <= self.augment_magnitude <= 10,
             f"data.augment_magnitude must be in [0, 10], got {self.augment_magnitude}",

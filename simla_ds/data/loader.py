@@ -12,6 +12,7 @@ import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from simla_ds.config import Config
 from simla_ds.data.batch import Pair, PairMaker, Tokenizer, collate
 from simla_ds.data.order import EpochOrder, Stream, sample_generator
+from simla_ds.data.remote import ShardCache, open_shards
 from simla_ds.data.sample import Reason, SkipSample
-from simla_ds.data.shards import ShardFiles, find_shards, open_shard
+from simla_ds.data.shards import ShardFiles, find_shards
 from simla_ds.types import Batch
 
 _CHUNK = 16
@@ -43,6 +45,8 @@ class Chunk:
     """(pairs, 3, S, S) uint8; None when every sample was skipped."""
     visual_views: Tensor | None
     """(pairs, 3, V, V) uint8, or None."""
+    retried: int
+    """Fetches of remote shards that failed and were tried again meanwhile."""
 
     def unpack(self) -> Iterator[tuple[int, Pair | Reason]]:
         """Give the pairs their views back."""
@@ -70,6 +74,7 @@ class PairDataset(Dataset):
         """Read several, as a worker does."""
         results: list[tuple[int, Pair | Reason]] = []
         images, visual_views = [], []
+        retried = self.files.retried
         for index in global_indices:
             try:
                 pair = self[index]
@@ -85,6 +90,7 @@ class PairDataset(Dataset):
             results,
             torch.stack(images) if images else None,
             torch.stack(visual_views) if visual_views else None,
+            self.files.retried - retried,
         )
 
 
@@ -100,7 +106,8 @@ def read_pair(files: ShardFiles, maker: PairMaker, shard: int, number: int, seed
 class PairLoader:
     """Endless iterator over one rank's training batches.
 
-    `skipped` counts, by reason, the samples that were passed over before the last batch handed out.
+    `skipped` counts, by reason, the samples that were passed over before the last batch handed out; `retried` the
+    fetches of remote shards that failed and were tried again.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, visual_view_size: int, rank: int = 0, world_size: int = 1):
@@ -108,7 +115,9 @@ class PairLoader:
 
         Raises ValueError when data.train matches no shards or holds fewer samples than one batch of all ranks.
         """
-        shards = [open_shard(path) for path in find_shards(config.data.train)]
+        files = _open(config, config.data.train, "data.train")
+        shards = files.shards
+        self.retried = files.retried
         seed = config.train.seed
         self.config, self.rank, self.world_size = config, rank, world_size
         self.vocabulary = tokenizer.vocabulary
@@ -118,7 +127,7 @@ class PairLoader:
         self.epoch_size = len(order)
         self._check_size()
         maker = PairMaker(config, tokenizer, visual_view_size, train=True)
-        self.dataset = PairDataset(ShardFiles(shards), maker, order, seed)
+        self.dataset = PairDataset(files, maker, order, seed)
         self._stream = Stream()
         self._element = rank
         """Number in _stream of the next sample that no batch has passed."""
@@ -210,6 +219,7 @@ class PairLoader:
                     f"rank {self.rank}: a loader process of data.train={self.config.data.train} is stuck or gone "
                     f"(data.timeout={self.config.data.timeout} s): {str(error).splitlines()[0]}"
                 ) from error
+            self.retried += chunk.retried
             self._pending.extend(chunk.unpack())
         _, result = self._pending.popleft()
         self._element += self.world_size
@@ -257,7 +267,7 @@ def eval_batches(
     out. batch_size: 0 takes eval.batch_size; the last batch may be smaller. Rank r gets samples r, r + world_size, ...
     Yields each batch with `key` and (cleaned) `caption` of its samples.
     """
-    files = ShardFiles([open_shard(path) for path in find_shards(shards, "data.val")])
+    files = _open(config, shards, "data.val")
     maker = PairMaker(config, tokenizer, visual_view_size, train=False)
     places = [(shard, number) for shard, index in enumerate(files.shards) for number in range(len(index))]
     pairs: list[Pair] = []
@@ -275,6 +285,13 @@ def eval_batches(
             pairs = []
     if pairs:
         yield finished()
+
+
+def _open(config: Config, shards: str, key: str) -> ShardFiles:
+    """The shards that a configuration key names, wherever they are."""
+    data = config.data
+    cache = ShardCache(Path(data.cache_dir).expanduser(), int(data.cache_gb * 1e9), data.fetch_tries)
+    return ShardFiles(open_shards(find_shards(shards, key, remote=True), cache), cache=cache)
 
 
 def _chunked(stream: Stream, element: int, step: int, size: int) -> Iterator[list[int]]:

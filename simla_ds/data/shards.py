@@ -13,12 +13,16 @@ import json
 import os
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from simla_ds.data.remote import ShardCache
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Extensions read as the picture, the first present one wins."""
@@ -28,11 +32,12 @@ MAX_MEMBER_BYTES = 64 << 20
 """Larger members are not read, so that memory stays bounded."""
 MAX_TEXT_BYTES = 4 << 20
 """Nor are larger texts: a json of this size takes ten times as much once it is parsed."""
+REMOTE = ("pipe:", "http://", "https://", "s3://", "gs://", "az://", "hf://", "memory://")
+"""How names of shards begin that have to be fetched."""
 
 _BLOCK = 512
 _INDEX_VERSION = 1
 _ARRAYS = ("names", "name_ends", "member_ends", "members")
-_REMOTE = ("pipe:", "http:", "https:", "s3:", "gs:")
 
 
 class ShardWriter:
@@ -83,15 +88,18 @@ def write_shards(samples: Iterable[tuple[str, dict[str, bytes]]], folder: Path, 
     return written
 
 
-def find_shards(spec: str, key: str = "data.train") -> list[str]:
+def find_shards(spec: str, key: str = "data.train", remote: bool = False) -> list[str]:
     """Paths of the shards that spec names: a folder, a file, a glob or a brace pattern; sorted.
 
+    remote: addresses of shards elsewhere, and folders and globs of them, are meant too; refused otherwise.
     Raises ValueError, naming the configuration key, when nothing matches or a file of a brace pattern is missing.
     """
-    if spec.startswith(_REMOTE):
-        raise ValueError(f"{key}={spec}: remote shards are not read yet; copy them to a local folder")
     from webdataset.shardlists import expand_urls
 
+    if spec.startswith(REMOTE):
+        if not remote:
+            raise ValueError(f"{key}={spec}: only training and its evaluation fetch shards; copy them to a folder")
+        return _find_remote(spec, key, expand_urls)
     expanded = os.path.expanduser(spec)
     if os.path.isdir(expanded):
         found = glob.glob(os.path.join(glob.escape(expanded), "*.tar"))
@@ -107,6 +115,18 @@ def find_shards(spec: str, key: str = "data.train") -> list[str]:
     if not found:
         raise ValueError(f"{key}={spec!r} matches no shards; give a folder with .tar files, a file or a brace pattern")
     return sorted(found)
+
+
+def _find_remote(spec: str, key: str, expand_urls: Callable[[str], list[str]]) -> list[str]:
+    """Addresses as they are, braces expanded; of a folder (ending in /) or a glob what is there."""
+    if spec.startswith("pipe:") or not (spec.endswith("/") or any(letter in spec for letter in "*?[")):
+        return sorted(expand_urls(spec))
+    from simla_ds.data.remote import listing
+
+    found = listing(spec)
+    if not found:
+        raise ValueError(f"{key}={spec!r} matches no shards")
+    return found
 
 
 @dataclass(frozen=True)
@@ -149,19 +169,26 @@ def open_shard(path: str) -> Shard:
         stamp = _stamp(path)
     except OSError:
         return _to_shard(path, [], "shard unreadable")
+    shard = load_index(_sidecar(path), path, stamp)
+    if shard is None:
+        shard = index_tar(path)
+        with contextlib.suppress(OSError):  # where the folder cannot be written, the headers are read each time
+            save_index(_sidecar(path), shard, stamp)
+    return shard
+
+
+def load_index(file: str, path: str, stamp: Mapping[str, int] | None = None) -> Shard | None:
+    """The stored index of the tar at `path`; None when there is none, or of another version, or with another stamp."""
     try:
-        with np.load(_sidecar(path), allow_pickle=False) as stored:
+        with np.load(file, allow_pickle=False) as stored:
             header = json.loads(stored["header"].tobytes())
-            if all(header[name] == value for name, value in stamp.items()):
+            if all(header[name] == value for name, value in (stamp or {"version": _INDEX_VERSION}).items()):
                 arrays = {name: stored[name] for name in _ARRAYS}
                 extensions, note = tuple(header["extensions"]), header.get("note", "")
                 return Shard(path, **arrays, extensions=extensions, problem=header["problem"], note=note)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
-        pass  # none, or of another version or half-written by another program: built again below
-    shard = index_tar(path)
-    with contextlib.suppress(OSError):  # where the folder cannot be written, the headers are read each time
-        _store(shard, stamp)
-    return shard
+        pass  # none, or half-written by another program
+    return None
 
 
 def store_selection(shard: Shard, chosen: Iterable[int], note: str) -> None:
@@ -170,7 +197,8 @@ def store_selection(shard: Shard, chosen: Iterable[int], note: str) -> None:
     It holds until the tar changes. note: why, as Shard.note. Raises OSError where the folder cannot be written.
     """
     samples = [(shard.key(i), shard.sample(i)) for i in chosen]
-    _store(_to_shard(shard.path, samples, shard.problem, note or "selection"), _stamp(shard.path))
+    selected = _to_shard(shard.path, samples, shard.problem, note or "selection")
+    save_index(_sidecar(shard.path), selected, _stamp(shard.path))
 
 
 def index_tar(path: str) -> Shard:
@@ -202,8 +230,9 @@ def index_tar(path: str) -> Shard:
 class ShardFiles:
     """Reads members of shards by position, keeping the last files open. Safe to copy into worker processes."""
 
-    def __init__(self, shards: list[Shard], keep_open: int = 32):
-        self.shards = shards
+    def __init__(self, shards: list[Shard], keep_open: int = 32, cache: ShardCache | None = None):
+        """cache: where remote shards are had from."""
+        self.shards, self.cache = shards, cache
         self.keep_open = keep_open
         self._open: OrderedDict[int, int] = OrderedDict()
 
@@ -213,6 +242,11 @@ class ShardFiles:
     def __del__(self):
         for descriptor in self._open.values():
             os.close(descriptor)
+
+    @property
+    def retried(self) -> int:
+        """Fetches of remote shards that failed and were tried again, in this process."""
+        return 0 if self.cache is None else self.cache.retried
 
     def read(self, shard: int, i: int) -> dict[str, bytes | None]:
         """Picture and texts of a sample by extension; None for members above most_bytes."""
@@ -230,7 +264,10 @@ class ShardFiles:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            self._open[shard] = os.open(self.shards[shard].path, os.O_RDONLY)
+            path = self.shards[shard].path
+            if self.cache is not None and path.startswith(REMOTE):
+                path = self.cache.fetch(path)
+            self._open[shard] = os.open(path, os.O_RDONLY)
             if len(self._open) > self.keep_open:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
@@ -344,16 +381,15 @@ def _stamp(path: str) -> dict[str, int]:
     return {"version": _INDEX_VERSION, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _store(shard: Shard, stamp: dict[str, int]) -> None:
-    """Write the index under a temporary name, then rename. Raises OSError."""
-    sidecar = _sidecar(shard.path)
-    temporary = f"{sidecar}.{os.getpid()}"
+def save_index(file: str, shard: Shard, stamp: Mapping[str, int] | None = None) -> None:
+    """Write an index under a temporary name, then rename. stamp: what load_index is to find. Raises OSError."""
+    temporary = f"{file}.{os.getpid()}"
     said = {"extensions": shard.extensions, "problem": shard.problem, "note": shard.note}
-    header = json.dumps({**stamp, **said}).encode()
+    header = json.dumps({**(stamp or {"version": _INDEX_VERSION}), **said}).encode()
     arrays = {name: getattr(shard, name) for name in _ARRAYS}
     try:
-        with open(temporary, "wb") as file:
-            np.savez(file, header=np.frombuffer(header, dtype=np.uint8), **arrays)
-        os.replace(temporary, sidecar)
+        with open(temporary, "wb") as opened:
+            np.savez(opened, header=np.frombuffer(header, dtype=np.uint8), **arrays)
+        os.replace(temporary, file)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import torch
 
 from simla_ds.config import Config
 from simla_ds.data.loader import PairLoader
-from simla_ds.data.shards import find_shards
+from simla_ds.data.shards import REMOTE, find_shards
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.visual_tokens import VisualTokenizer, load_visual_tokenizer
 from simla_ds.engine.distributed import Ranks, broadcast_object
@@ -80,7 +80,10 @@ def with_data_paths(config: Config, ranks: Ranks) -> Config:
         root = Path(data.scenes_dir)
         _prepare_scenes(root, data.scenes_train, config.model.vision.image_size, config.model.vision.grid, ranks)
         data = replace(data, train=str(root / "train"), val=data.val or str(root / "val"))
-    find_shards(data.train)  # first of all: without shards nothing beside them is found either
+    find_shards(data.train, remote=True)  # first of all: without shards nothing beside them is found either
+    for name in ("tokenizer", "visual_tokenizer"):
+        if data.train.startswith(REMOTE) and not getattr(data, name):
+            raise ValueError(f"data.{name} must be a local folder when data.train={data.train} is elsewhere; name it")
     shards = Path(data.train)
     folder = shards if shards.is_dir() else shards.parent
     if not data.val and folder.name == "train" and (folder.parent / "val").is_dir():

@@ -185,6 +185,7 @@ class Trainer:
             "peak_memory_mb": peak_memory_mb(self.ranks.device),
             "visual_codes_used": self.watch.codes_used(),
             "skipped": dict(sum(map(Counter, gather_objects(dict(self.loader.skipped))), Counter())),
+            "fetch_retries": sum(gather_objects(self.loader.retried)),
         }
         record = self._write(record)
         self.metrics.show(record)

@@ -177,8 +177,8 @@ def test_shards_are_found_by_folder_file_glob_and_braces(tmp_path):
         ("", "matches no shards"),
         ("{folder}/none", "data.train='{folder}/none' matches no shards"),
         ("{folder}/shard-{{000000..000009}}.tar", "8 of 10 shards are missing, first {folder}/shard-000002.tar"),
-        ("pipe:cat {folder}/shard-000000.tar", "remote shards are not read yet"),
-        ("https://example.org/a.tar", "remote shards are not read yet"),
+        ("pipe:cat {folder}/shard-000000.tar", "only training and its evaluation fetch shards"),
+        ("https://example.org/a.tar", "only training and its evaluation fetch shards"),
     ],
 )
 def test_a_spec_that_matches_nothing_is_one_clear_line(tmp_path, spec, message):

@@ -1,0 +1,160 @@
+"""Shards that are elsewhere (http, S3 and whatever fsspec reads, or the output of a command), through a local cache.
+
+The exact global order needs every shard's index at the start and any sample at any time. So indexes are fetched first
+(`simla prepare` leaves one beside each shard) or made once from the whole shard and kept; shards come when the order
+reaches them and stay, least recently used first out, within a limit. All processes of a machine share the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import random
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from simla_ds.data.shards import REMOTE, Shard, index_tar, load_index, open_shard, save_index
+
+FIRST_WAIT, LONGEST_WAIT = 0.2, 30.0
+"""Seconds before the second try, and at most; doubled each time, with chance so that ranks do not come back at once."""
+_AT_ONCE = 8
+
+
+def open_shards(paths: list[str], cache: ShardCache) -> list[Shard]:
+    """Indexes of local and remote shards, fetched several at a time. Raises OSError when one can't be had."""
+
+    def opened(path: str) -> Shard:
+        return cache.index(path) if path.startswith(REMOTE) else open_shard(path)
+
+    if not any(path.startswith(REMOTE) for path in paths):
+        return [open_shard(path) for path in paths]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(opened, paths))
+
+
+class ShardCache:
+    """Local copies of remote shards, at most `limit` bytes of them. Safe to copy into worker processes."""
+
+    def __init__(self, folder: Path, limit: int, tries: int):
+        self.folder, self.limit, self.tries = folder, limit, tries
+        self.retried = 0
+        """Fetches that failed and were tried again, in this process."""
+
+    def index(self, url: str) -> Shard:
+        """Index of a remote shard. Raises OSError when it can't be had in `tries` tries."""
+        kept = self._path(url).with_suffix(".index.npz")
+        found = load_index(str(kept), url)
+        if found is not None:
+            return found
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if not url.startswith("pipe:"):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # none beside it: made from the shard
+                self._retry(lambda: _download(f"{url}.index.npz", kept))
+                found = load_index(str(kept), url)
+        if found is None:
+            found = index_tar(str(self.fetch(url)))
+            save_index(str(kept), found)
+        return replace(found, path=url)
+
+    def fetch(self, url: str) -> Path:
+        """Path of the local copy, fetched when there is none. Raises OSError when it can't be had in `tries` tries.
+
+        Open it at once: it may be put out later, which does not disturb those who have it open.
+        """
+        path = self._path(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):  # one process fetches, the others wait for it
+            if path.is_file():
+                os.utime(path)
+            else:
+                self._retry(lambda: _download(url, path))
+                self._put_out(path)
+        return path
+
+    def _path(self, url: str) -> Path:
+        return self.folder / f"{blake2b(url.encode(), digest_size=16).hexdigest()}.tar"
+
+    def _retry(self, fetch: Callable[[], None]) -> None:
+        wait = FIRST_WAIT
+        for left in reversed(range(self.tries)):
+            try:
+                return fetch()
+            except (FileNotFoundError, PermissionError, ValueError):  # asking again changes nothing
+                raise
+            except Exception as error:  # fsspec's file systems raise errors of the libraries below them
+                if not left:
+                    raise OSError(f"{' '.join(str(error).split())} (after {self.tries} tries)") from error
+            self.retried += 1
+            time.sleep(wait * random.uniform(0.5, 1))
+            wait = min(2 * wait, LONGEST_WAIT)
+        return None
+
+    def _put_out(self, keep: Path) -> None:
+        """Remove the copies used longest ago until the rest is within the limit; `keep` stays."""
+        with _locked(self.folder / "eviction.lock"):
+            copies = []
+            for path in self.folder.glob("*.tar"):
+                with contextlib.suppress(FileNotFoundError):
+                    copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            surplus = sum(size for _, size, _ in copies) - self.limit
+            for _, size, path in sorted(copies):
+                if surplus <= 0:
+                    return
+                if path != keep:
+                    path.unlink(missing_ok=True)
+                    surplus -= size
+
+
+def listing(url: str) -> list[str]:
+    """The shards in a remote folder or behind a remote glob, sorted. Raises OSError when it can't be read."""
+    system, path = _system(url)
+    pattern = path if any(letter in path for letter in "*?[") else f"{path.rstrip('/')}/*.tar"
+    try:
+        return [system.unstrip_protocol(found) for found in sorted(system.glob(pattern))]
+    except Exception as error:
+        raise OSError(f"{url} cannot be listed: {' '.join(str(error).split())}") from error
+
+
+def _download(url: str, path: Path) -> None:
+    """Fetch into a file that is there when it is whole. Raises whatever goes wrong."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if url.startswith("pipe:"):
+            with open(temporary, "wb") as file:
+                ran = subprocess.run(url[len("pipe:") :], shell=True, stdout=file, stderr=subprocess.PIPE, check=False)
+            if ran.returncode:
+                raise OSError(f"{url} ended with status {ran.returncode}: {ran.stderr.decode(errors='replace')[-200:]}")
+        else:
+            system, remote = _system(url)
+            system.get_file(remote, str(temporary))  # one request; a body that breaks off is an error
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _system(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    # tries are counted here, so none are made below
+    options = {"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}.get(url.partition("://")[0], {})
+    try:
+        system, path = url_to_fs(url, **options)
+    except ImportError as error:
+        raise ValueError(f"{url}: {error}; pip install 'simla_ds[data]'") from None
+    if hasattr(system, "retries"):
+        system.retries = 1
+    return system, path
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
