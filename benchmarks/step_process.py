@@ -36,8 +36,9 @@ class ContenderProcess:
     def __init__(self, name: str, size: str, precision: str, clock: str):
         command = [sys.executable, "-m", "benchmarks.step_process", name, size, precision, clock]
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}  # or glibc keeps what was freed before
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     def ask(self, command: str) -> dict[str, Any]:
         """Send a command and return the answer. RuntimeError when the process ended instead."""

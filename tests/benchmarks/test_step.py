@@ -29,7 +29,8 @@ def test_a_step_trains_and_its_parts_make_up_its_time(name: str):
 def test_ours_saves_less_than_the_official_order_and_less_still_when_checkpointing():
     batch = make_batch(TINY)
     ours, official = (count_bytes(BUILD[name](TINY, torch.float32), batch) for name in ("ours", "official order"))
-    assert ours["saved_bytes_checkpointed"] < ours["saved_bytes"] / 2 < official["saved_bytes"] / 4
+    assert ours["saved_bytes"] < 0.6 * official["saved_bytes"]
+    assert ours["saved_bytes_checkpointed"] < 0.6 * ours["saved_bytes"]  # two layers: most of it is the heads'
 
 
 def test_both_orders_have_the_same_losses():
