@@ -149,7 +149,7 @@ def use_plain_operations(network: nn.Module) -> None:
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # type: ignore[assignment]  timm's own switch
         if isinstance(module, GeluLinear):
-            module.forward = partial(_gelu_linear, module)
+            setattr(module, "forward", partial(_gelu_linear, module))  # noqa: B010  a module's method, replaced
 
 
 def _gelu_linear(layer: GeluLinear, x: Tensor) -> Tensor:

@@ -212,7 +212,8 @@ class Flava(Contender):
             projection_dim=model.projection_size,
             init_codebook=False,
         )
-        self.model: Any = transformers.FlavaForPreTraining(flava).to(dtype).train()
+        self.model: Any = transformers.FlavaForPreTraining(flava)
+        self.model.to(dtype).train()
         self.dtype = dtype
         self.optimizer = FusedAdamW([{"params": list(self.model.parameters()), "weight_decay": WEIGHT_DECAY}])
 
