@@ -4,6 +4,8 @@ import io
 import json
 import multiprocessing
 import os
+import signal
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -22,7 +24,7 @@ from simla_ds.config import (
     VisionConfig,
     VocabularyConfig,
 )
-from simla_ds.data.loader import PairLoader, eval_batches
+from simla_ds.data.loader import PairDataset, PairLoader, StalledData, eval_batches
 from simla_ds.data.order import EpochOrder, Stream
 from simla_ds.data.sample import clean_caption, stable_hash
 from simla_ds.data.shards import find_shards, write_shards
@@ -391,6 +393,36 @@ def test_closing_ends_the_workers_and_iterating_goes_on_after_it(shards_with_bad
     rest = take(source, 3)
     source.close()
     assert all(same(a, b) for a, b in zip(first + rest, take(alone, 6), strict=True))
+
+
+@pytest.mark.parametrize("fault", ["silent", "killed"])
+def test_a_loader_process_that_is_silent_or_killed_is_one_line(shards, monkeypatch, fault):
+    def stall(*_):
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    monkeypatch.setattr(PairDataset, "__getitems__", stall)
+    source = loader(shards, workers=1)
+    source.config = replace(source.config, data=replace(source.config.data, timeout=2))
+    with pytest.raises(
+        StalledData, match=r"rank 0: a loader process of data.train=.* \(data.timeout=2 s\): DataLoader"
+    ):
+        next(source)
+
+
+def test_a_loader_process_outlives_the_signals_that_are_its_trainers_once(shards):
+    """The launcher signals the whole tree: a save needs no loader, but the step before it does."""
+    source = loader(shards, workers=1)
+    next(source)
+    (process,) = multiprocessing.active_children()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
+    take(source, 30)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == -signal.SIGTERM
 
 
 def test_shards_are_named_in_the_error_when_there_are_none(shards):
