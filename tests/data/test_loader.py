@@ -5,6 +5,9 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import replace
@@ -411,18 +414,32 @@ def test_a_loader_process_that_is_silent_or_killed_is_one_line(shards, monkeypat
         next(source)
 
 
-def test_a_loader_process_outlives_the_signals_that_are_its_trainers_once(shards):
+def test_a_loader_process_outlives_the_signals_that_are_its_trainers(shards):
     """The launcher signals the whole tree: a save needs no loader, but the step before it does."""
+    others = multiprocessing.active_children()
     source = loader(shards, workers=1)
     next(source)
-    (process,) = multiprocessing.active_children()
+    (process,) = (child for child in multiprocessing.active_children() if child not in others)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
-    os.kill(process.pid, signal.SIGTERM)
-    take(source, 30)
-    os.kill(process.pid, signal.SIGTERM)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGTERM)
+        take(source, 30)
+    source.close()
     process.join(10)
-    assert process.exitcode == -signal.SIGTERM
+    assert not process.is_alive()
+
+
+def test_a_process_that_fails_with_its_loader_open_ends_at_once(shards):
+    """Without a close, multiprocessing sends SIGTERM to the loader processes and waits for them."""
+    code = f"""
+        from tests.data.test_loader import loader
+        source = loader({shards!r}, workers=1)
+        next(source)
+        raise SystemExit(3)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, check=False)
+    assert done.returncode == 3
 
 
 def test_shards_are_named_in_the_error_when_there_are_none(shards):
