@@ -7,11 +7,15 @@ only, and the position is one global index per rank.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +137,8 @@ class PairLoader:
         """Number in _stream of the next sample that no batch has passed."""
         self._pending: deque[tuple[int, Pair | Reason]] = deque()
         self._chunks: Iterator[Chunk] | None = None
+        self._ending = multiprocessing.Event()
+        """Set when loader processes may be ended."""
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -206,6 +212,7 @@ class PairLoader:
     def close(self) -> None:
         """End the workers. Iterating again starts new ones at the current position."""
         self._pending.clear()
+        self._ending.set()
         self._chunks = None  # torch's iterator ends its processes when it is dropped
 
     def _next_result(self) -> Pair | Reason:
@@ -228,6 +235,8 @@ class PairLoader:
     def _data_loader(self) -> DataLoader:
         workers, batch_size = self.config.data.workers, self.config.train.batch_size
         chunk = min(_CHUNK, batch_size)
+        self._ending = multiprocessing.Event()
+        atexit.register(self._ending.set)  # before multiprocessing ends what is left, and waits for it
         ahead = max(2, -(-2 * batch_size // (chunk * workers))) if workers else None  # two batches at least
         return DataLoader(
             self.dataset,
@@ -236,7 +245,7 @@ class PairLoader:
             timeout=self.config.data.timeout if workers else 0,
             prefetch_factor=ahead,
             collate_fn=_as_it_is,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, self._ending),
             generator=torch.Generator(),  # or starting workers would draw from the generator that dropout uses
         )
 
@@ -305,9 +314,13 @@ def _as_it_is(chunk: Any) -> Any:
     return chunk
 
 
-def _start_worker(worker: int) -> None:
-    # Ctrl-C and the launcher's SIGTERM to the whole tree are the training process's: it saves, then ends us. A second
-    # SIGTERM is from there.
+def _start_worker(ending: Event, _worker: int) -> None:
+    """Leave Ctrl-C and the launcher's SIGTERM to the whole tree to the training process: it saves, then ends us."""
+
+    def end(*_: Any) -> None:
+        if ending.is_set():
+            os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, end)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -32,7 +32,7 @@ def export_checkpoint(checkpoint: Path, out: Path, tokenizer: Path | None = None
     if not tokenizer.is_dir():
         raise ValueError(f"{tokenizer}, the tokenizer of {checkpoint}, is not there; give its folder with --tokenizer")
     origin = {"step": state["step"], "samples_seen": state["samples_seen"]}
-    config = SimlaConfig(model=state["model"], training=origin, architectures=[SimlaModel.__name__])
+    config = SimlaConfig(model=state["model"], training=origin, architectures=[SimlaModel.__name__], dtype="float32")
     with new_model_folder(out) as fresh:
         for prefix, folder in (("weight/", fresh), ("teacher/", fresh / "teacher")):
             folder.mkdir(parents=True)

@@ -4,6 +4,11 @@ import io
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -22,7 +27,7 @@ from simla_ds.config import (
     VisionConfig,
     VocabularyConfig,
 )
-from simla_ds.data.loader import PairLoader, eval_batches
+from simla_ds.data.loader import PairDataset, PairLoader, StalledData, eval_batches
 from simla_ds.data.order import EpochOrder, Stream
 from simla_ds.data.sample import clean_caption, stable_hash
 from simla_ds.data.shards import find_shards, write_shards
@@ -391,6 +396,50 @@ def test_closing_ends_the_workers_and_iterating_goes_on_after_it(shards_with_bad
     rest = take(source, 3)
     source.close()
     assert all(same(a, b) for a, b in zip(first + rest, take(alone, 6), strict=True))
+
+
+@pytest.mark.parametrize("fault", ["silent", "killed"])
+def test_a_loader_process_that_is_silent_or_killed_is_one_line(shards, monkeypatch, fault):
+    def stall(*_):
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    monkeypatch.setattr(PairDataset, "__getitems__", stall)
+    source = loader(shards, workers=1)
+    source.config = replace(source.config, data=replace(source.config.data, timeout=2))
+    with pytest.raises(
+        StalledData, match=r"rank 0: a loader process of data.train=.* \(data.timeout=2 s\): DataLoader"
+    ):
+        next(source)
+
+
+def test_a_loader_process_outlives_the_signals_that_are_its_trainers(shards):
+    """The launcher signals the whole tree: a save needs no loader, but the step before it does."""
+    others = multiprocessing.active_children()
+    source = loader(shards, workers=1)
+    next(source)
+    (process,) = (child for child in multiprocessing.active_children() if child not in others)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGTERM)
+        take(source, 30)
+    source.close()
+    process.join(10)
+    assert not process.is_alive()
+
+
+def test_a_process_that_fails_with_its_loader_open_ends_at_once(shards):
+    """Without a close, multiprocessing sends SIGTERM to the loader processes and waits for them."""
+    code = f"""
+        from tests.data.test_loader import loader
+        source = loader({shards!r}, workers=1)
+        next(source)
+        raise SystemExit(3)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, check=False)
+    assert done.returncode == 3
 
 
 def test_shards_are_named_in_the_error_when_there_are_none(shards):
