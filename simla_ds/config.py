@@ -440,6 +440,14 @@ class EvalConfig:
     """Pairs per forward."""
     rerank: int = 16
     """Candidates re-ranked by ITM in zero-shot retrieval; 0: ITC only."""
+    metric: str = ""
+    """Held-out measure (higher is better) whose best weights are kept in the run folder's best/, such as
+    eval/student/retrieval/itm/text_to_image/r1. Empty: none when pretraining, the task's own when fine-tuning."""
+    patience: int = 0
+    """Evaluations without a better eval.metric after which the run ends early; 0: never."""
+
+    def __post_init__(self):
+        _require(self.patience >= 0, f"eval.patience must be >= 0, got {self.patience}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,9 @@ from simla_ds.types import Batch, ContrastKeys, Features, Outputs, Request, Step
 class PretrainTask(nn.Module):
     """Student, teacher and objectives. Only the student is a submodule: the engine must not see the teacher."""
 
+    counted = ("label_count", "masked_count")
+    """What of a batch the trainer replaces by its mean over ranks and micro-steps, unless `official`."""
+
     def __init__(self, model: Simla, teacher: Teacher, queue: FeatureQueue, config: Config):
         super().__init__()
         self.model = model
