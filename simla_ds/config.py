@@ -177,6 +177,8 @@ class ContrastiveConfig:
     a quarter of the data: a larger queue would hold many features of the very pictures it is contrasted with. Off for
     models that start from nothing: their features drift so fast that old keys are told from new ones by age alone, and
     captions collapse to one point (seen on scenes within 2,000 pairs, at 512 and 1,024 keys)."""
+    positives: Literal["pair", "image"] = "pair"
+    """What counts as right: a picture's own caption, or (retrieval) every caption of the same picture alike."""
 
     def __post_init__(self):
         _require(self.queue_size >= 0, f"objectives.itc.queue_size must be >= 0, got {self.queue_size}")

@@ -36,5 +36,5 @@ def test_without_a_metric_nothing_is_best_and_nothing_stops():
 
 
 def test_a_metric_that_is_not_measured_is_named_with_those_that_are():
-    with pytest.raises(ValueError, match="eval.metric=eval/a is not measured; choose one of eval/b"):
+    with pytest.raises(ValueError, match=r"eval\.metric=eval/a is not measured; choose one of eval/b"):
         Best(EvalConfig(metric="eval/a")).improves({"eval/b": 1.0, "step": 0})
