@@ -7,13 +7,15 @@ B examples of this rank's micro-batch, L padded text length. Batches are plain d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simla_ds.downstream.annotations import Annotations, Entry, check_annotations
 from simla_ds.downstream.config import FinetuneConfig
 from simla_ds.model.network import Network
 from simla_ds.model.simla import Simla
@@ -34,12 +36,58 @@ class TaskNetwork(Network):
 
 
 class Downstream(ABC):
-    """One task. Its loss sees a student and a teacher of the class `network`."""
+    """One task: what its entries must hold, its loss, its predictions and their measures.
+
+    Its loss sees a student and a teacher of the class `network`.
+    """
 
     name: ClassVar[str]
     network: ClassVar[type[Network]]
     metric: ClassVar[str]
     """The measure (higher is better) that picks the best weights."""
+    whole = False
+    """Whether an evaluation needs all entries at once, so that ranks cannot share it."""
+
+    # entries
+
+    @abstractmethod
+    def problems(self, entry: Entry, *, train: bool) -> Iterator[str]:
+        """Say what is wrong with an entry; train: whether it is to be learnt from."""
+
+    @abstractmethod
+    def pictures(self, entry: Entry) -> list[str]:
+        """Return the names of its pictures."""
+
+    @abstractmethod
+    def text(self, entry: Entry) -> str:
+        """Return its cleaned text."""
+
+    @abstractmethod
+    def fields(self, entry: Entry) -> dict[str, Any]:
+        """Return what collate makes labels of, as plain values."""
+
+    @abstractmethod
+    def collate(self, fields: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the labels of a batch."""
+
+    def identity(self, entry: Entry) -> Hashable | None:
+        """Return what no two entries may share; None where there is no such thing."""
+        return None
+
+    def rows(self, annotations: Annotations) -> Annotations:
+        """Return annotations with one entry per example."""
+        return annotations
+
+    def remarks(self, annotations: Annotations) -> list[str]:
+        """Return what a person should know of a split, a line each."""
+        return []
+
+    def checked(self, annotations: Annotations, *, train: bool) -> Annotations:
+        """Return the rows of annotations that hold what they must. Raises BadAnnotations with all problems."""
+        check_annotations(annotations, self.pictures, partial(self.problems, train=train), self.identity)
+        return self.rows(annotations)
+
+    # training
 
     @abstractmethod
     def loss(self, student: Any, teacher: Any, batch: TaskBatch, alpha: float) -> Tensor:
@@ -48,6 +96,26 @@ class Downstream(ABC):
     def module(self, model: Any, teacher: Teacher, config: FinetuneConfig) -> nn.Module:
         """Return what the DeepSpeed engine wraps."""
         return FinetuneModule(self, model, teacher, config)
+
+    # evaluation
+
+    @abstractmethod
+    def predict(self, network: Any, batch: TaskBatch) -> list[dict[str, Any]]:
+        """Return what the network says of each example of a batch, as JSON values; network is in eval mode."""
+
+    @abstractmethod
+    def measures(self, entries: Sequence[Entry], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Return the protocol's numbers; prediction["entry"] is the number of its entry."""
+
+    @torch.no_grad()
+    def predictions(self, network: Any, batches: Iterable[TaskBatch]) -> list[dict[str, Any]]:
+        """Return what the network says of all batches, with `entry`, the number of the entry."""
+        device, found = next(network.parameters()).device, []
+        for batch in batches:
+            moved = {name: value.to(device) for name, value in batch.items()}
+            said = self.predict(network, moved)
+            found += [{"entry": n, **answer} for n, answer in zip(batch["number"].tolist(), said, strict=True)]
+        return found
 
 
 class FinetuneModule(nn.Module):

@@ -32,10 +32,8 @@ class FinetuneData(DataConfig):
     """Words kept of a text."""
     max_tokens: int = 50
     """Tokens kept of a text, [CLS] and [SEP] included."""
-    scenes_train: int = 4_000
-    """Training scenes to prepare for the default tasks."""
-    scenes_questions: int = 0
-    """Examples made of the training scenes; 0: as many as they give."""
+    scenes_used: int = 4_000
+    """Training scenes that examples are made of, when data.train is a folder of scenes; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,21 +6,17 @@ and such a pair shares the keys and values of its cross-attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from simla_ds.config import ModelConfig, StreamConfig
-from simla_ds.downstream.base import (
-    ClassHead,
-    Downstream,
-    TaskBatch,
-    TaskNetwork,
-    copy_weights,
-    distilled_class_loss,
-)
+from simla_ds.downstream.annotations import Entry
+from simla_ds.downstream.base import ClassHead, TaskBatch, TaskNetwork, copy_weights
+from simla_ds.downstream.classification import Classification
 from simla_ds.model.rows import Rows
 from simla_ds.model.simla import Simla
 from simla_ds.model.stream import Attention, Context, Stream, StreamLayer
@@ -93,15 +89,39 @@ class PairNetwork(TaskNetwork):
         return self.head(self.stream.first_rows(x, rows, pictures))
 
 
-class Nlvr2(Downstream):
-    """Two-way classification, distilled from the momentum teacher."""
+class Nlvr2(Classification):
+    """Entries: {"images": [first, second], "sentence": text, "label": "True" or "False", "identifier": optional}."""
 
     name = "nlvr2"
     network = PairNetwork
-    metric = "accuracy"
+    classes = ("False", "True")
 
-    def loss(self, student: PairNetwork, teacher: PairNetwork, batch: TaskBatch, alpha: float) -> Tensor:
-        """Return the distilled cross-entropy of `label` (B,), 1 for true."""
-        with torch.no_grad():
-            targets = teacher(batch)
-        return distilled_class_loss(student(batch), targets, batch["label"], alpha)
+    def problems(self, entry: Entry, *, train: bool) -> Iterator[str]:
+        """Two pictures' names besides. A boolean label is refused: the published code would take it for False."""
+        images = entry.get("images")
+        if not (isinstance(images, list) and len(images) == 2 and all(isinstance(name, str) for name in images)):
+            yield "key 'images' must hold the names of two pictures"
+        yield from super().problems(entry, train=train)
+
+    def pictures(self, entry: Entry) -> list[str]:
+        """Return both."""
+        return entry["images"]
+
+    def identity(self, entry: Entry) -> Hashable | None:
+        """Return the identifier, where there is one."""
+        return entry.get("identifier")
+
+    def measures(self, entries: Sequence[Entry], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Return accuracy and consistency: the share of statements that are right over all their pairs of pictures."""
+        groups: dict[str, list[bool]] = defaultdict(list)
+        for said in predictions:
+            entry = entries[said["entry"]]
+            groups[statement(entry)].append(entry["label"] == said["label"])
+        consistent = sum(all(right) for right in groups.values())
+        return {**super().measures(entries, predictions), "consistency": 100 * consistent / len(groups)}
+
+
+def statement(entry: Entry) -> str:
+    """Return which statement an entry is about: SPLIT-SET-PAIR-SENTENCE without its pair, or else the sentence."""
+    parts = str(entry.get("identifier", "")).split("-")
+    return "-".join((*parts[:2], parts[3])) if len(parts) == 4 else entry["sentence"]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
 from torch import Tensor
 
 from simla_ds.config import ModelConfig
-from simla_ds.downstream.base import (
-    ClassHead,
-    Downstream,
-    TaskBatch,
-    TaskNetwork,
-    copy_weights,
-    distilled_class_loss,
-)
+from simla_ds.downstream.annotations import Entry, wrong_text
+from simla_ds.downstream.base import ClassHead, TaskBatch, TaskNetwork, copy_weights
+from simla_ds.downstream.classification import Classification
 from simla_ds.model.rows import Rows
 from simla_ds.model.simla import Simla
 from simla_ds.model.stream import Context, Stream
@@ -48,15 +46,26 @@ class EntailmentNetwork(TaskNetwork):
         return self.head(self.stream.last(x, rows, context, read=rows.first(image.device)))
 
 
-class SnliVe(Downstream):
-    """Three-way classification, distilled from the momentum teacher."""
+class SnliVe(Classification):
+    """Entries: {"image": name (".jpg" is added to one without a suffix), "sentence": text, "label": one of CLASSES}."""
 
     name = "snli_ve"
     network = EntailmentNetwork
-    metric = "accuracy"
+    classes = CLASSES
 
-    def loss(self, student: EntailmentNetwork, teacher: EntailmentNetwork, batch: TaskBatch, alpha: float) -> Tensor:
-        """Return the distilled cross-entropy of `label` (B,)."""
-        with torch.no_grad():
-            targets = teacher(batch)
-        return distilled_class_loss(student(batch), targets, batch["label"], alpha)
+    def problems(self, entry: Entry, *, train: bool) -> Iterator[str]:
+        """A picture's name besides."""
+        yield from wrong_text(entry, "image")
+        yield from super().problems(entry, train=train)
+
+    def pictures(self, entry: Entry) -> list[str]:
+        """Return its picture; the published files name Flickr30k's by their numbers alone."""
+        return [entry["image"] if Path(entry["image"]).suffix else f"{entry['image']}.jpg"]
+
+    def measures(self, entries: Sequence[Entry], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Return accuracy, and `confusion/TRUE/SAID`: how many entries of either class were said to be of each."""
+        found = super().measures(entries, predictions)
+        for wanted in CLASSES:
+            said = [p["label"] for p in predictions if entries[p["entry"]]["label"] == wanted]
+            found.update({f"confusion/{wanted}/{label}": said.count(label) for label in CLASSES})
+        return found

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from simla_ds.config import Config
-from simla_ds.data.loader import PairLoader
+from simla_ds.data.loader import PairLoader, StreamLoader
 from simla_ds.data.shards import find_shards
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.visual_tokens import load_visual_tokenizer
@@ -39,7 +39,7 @@ class Parts:
 
     config: Config
     """Completed: data paths and vocabularies filled in."""
-    loader: PairLoader
+    loader: StreamLoader
     task: Any
     """The module that the engine wraps: PretrainTask, or one with the same `model`, `teacher`, `queue`, `counted` and
     forward."""
