@@ -1,0 +1,232 @@
+"""Each task's network, loss and measures, on a model that runs in milliseconds."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+
+from simla_ds.data.text import TextTokenizer, train_tokenizer
+from simla_ds.downstream.nlvr2 import Nlvr2, PairNetwork, sources
+from simla_ds.downstream.retrieval_tuning import Retrieval
+from simla_ds.downstream.snli_ve import CLASSES, EntailmentNetwork, SnliVe
+from simla_ds.downstream.vqa import AnswerNetwork, Vqa, answer_list, clean_question
+from simla_ds.model.simla import Simla
+from tests.tiny import ALBEF, STREAM, make_batch, model_config, spread_weights
+
+ANSWERS = ["red", "red dog", "blue", "a big boat", "boat"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([*ANSWERS, "what is it"] * 3, folder, 60)
+    return TextTokenizer(folder)
+
+
+def answering(tokenizer):
+    config = model_config()
+    config = replace(config, vocabulary=replace(config.vocabulary, size=tokenizer.vocabulary.size))
+    return spread_weights(AnswerNetwork(config)).eval()
+
+
+def batch_of(lengths=(7, 4, 6), pictures=1):
+    batch = make_batch(list(lengths))
+    image = torch.cat([batch["image"], *(batch["image"].flip(0) for _ in range(pictures - 1))])
+    return {**{k: batch[k] for k in ("input_ids", "text_mask", "token_index")}, "image": image}
+
+
+# --- answers
+
+
+def by_hand(network, question, ids):
+    """Return the log-probability of each word of one answer after [CLS], each from a pass of its own, unpadded."""
+    found = []
+    for length in range(1, len(ids)):
+        row = torch.tensor([ids[:length]])
+        slot = torch.tensor([length - 1])
+        logits = network.answer(question, row, torch.ones_like(row, dtype=torch.bool), torch.zeros(1).long(), slot)
+        found.append(logits.log_softmax(-1)[0, ids[length]])
+    return torch.stack(found)
+
+
+def question_of(network, row):
+    """Encode one question of the batch alone."""
+    batch = batch_of()
+    keep = int(batch["text_mask"][row].sum())
+    return network.question(
+        {
+            "image": batch["image"][row : row + 1],
+            "input_ids": batch["input_ids"][row : row + 1, :keep],
+            "text_mask": batch["text_mask"][row : row + 1, :keep],
+            "token_index": torch.arange(keep),
+        }
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("official", [False, True])
+def test_ranking_scores_each_answer_by_its_words(tokenizer, official):
+    network = answering(tokenizer)
+    task = Vqa(tokenizer, ANSWERS, official=official)
+    chosen, probability = task._ranked(network, network.question(batch_of()))
+    for row in range(3):
+        scores = []
+        for answer in ANSWERS:
+            words = by_hand(network, question_of(network, row), tokenizer.encode(answer)[0])
+            scores.append(words.sum() + (words[0] if official else 0))  # published: the first word counts twice
+        wanted = torch.stack(scores).softmax(-1)[chosen[row]]
+        torch.testing.assert_close(probability[row], wanted, atol=1e-5, rtol=1e-4)
+    said = task.predict(network, batch_of())
+    assert [ANSWERS.index(p["answer"]) for p in said] == [
+        int(c[p.argmax()]) for c, p in zip(chosen, probability, strict=True)
+    ]
+
+
+@torch.no_grad()
+def test_only_the_candidates_with_the_likeliest_first_words_are_read_whole(tokenizer):
+    network = answering(tokenizer)
+    chosen, _ = Vqa(tokenizer, ANSWERS, candidates=2)._ranked(network, network.question(batch_of()))
+    for row in range(3):
+        question = question_of(network, row)
+        first = torch.stack([by_hand(network, question, tokenizer.encode(a)[0][:2])[0] for a in ANSWERS])
+        assert first[chosen[row]].min() >= first.topk(2).values.min() - 1e-5
+
+
+@torch.no_grad()
+def test_free_answers_are_the_likeliest_word_each_time(tokenizer):
+    network = answering(tokenizer)
+    said = Vqa(tokenizer).predict(network, batch_of())
+    for row, answer in enumerate(said):
+        question, ids = question_of(network, row), [tokenizer.vocabulary.cls]
+        while len(ids) <= 12 and ids[-1] != tokenizer.vocabulary.sep:
+            now = torch.tensor([ids])
+            logits = network.answer(
+                question,
+                now,
+                torch.ones_like(now, dtype=torch.bool),
+                torch.zeros(1).long(),
+                torch.tensor([len(ids) - 1]),
+            )
+            ids.append(int(logits.argmax()))
+        assert answer["answer"] == tokenizer.decode(ids)
+
+
+def test_the_loss_weighs_each_answer_by_how_many_gave_it(tokenizer):
+    network, task = answering(tokenizer), Vqa(tokenizer)
+    entries = [
+        {"answer": ["red"] * 7 + ["red dog"] * 3},
+        {"answer": "a big boat", "dataset": "vg"},
+        {"answer": "blue"},
+    ]
+    batch = {**batch_of(), **task.collate([task.fields(entry) for entry in entries])}
+    wanted = 0.0
+    for row, answers in enumerate(({"red": 0.7, "red dog": 0.3}, {"a big boat": 0.5}, {"blue": 1.0})):
+        for answer, weight in answers.items():
+            wanted -= weight * float(by_hand(network, question_of(network, row), tokenizer.encode(answer)[0]).sum())
+    assert float(task.loss(network, network, batch, 0.0)) == pytest.approx(wanted / 3, rel=1e-5)
+    # a teacher that is the student: its cross-entropy is its entropy, not what the labels cost
+    assert float(task.loss(network, network, batch, 0.4)) != pytest.approx(wanted / 3, rel=1e-3)
+    assert float(Vqa(tokenizer, official=True).loss(network, network, batch, 0.4)) == pytest.approx(
+        wanted / 3, rel=1e-5
+    )
+
+
+def test_answers_are_listed_by_how_often_they_are_given():
+    entries = [{"answer": ["b", "a", "b"]}, {"answer": "c"}, {"answer": ["c", "c"]}]
+    assert answer_list(entries, 10) == ["c", "b", "a"]
+    assert answer_list(entries, 2) == ["c", "b"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        (
+            'A man, riding/driving a T-bone.. <person> isn\'t   "OK"\n',
+            "a man riding driving a t bone <person> isnt   ok\n",
+        ),
+        (" Hello  world ! \n", " hello  world  \n"),
+        ("x - y", "x   y"),
+        ("what is this? ", "what is this"),
+    ],
+)
+def test_questions_are_cleaned_as_published(raw, clean):
+    assert clean_question(raw, 30) == clean
+
+
+# --- where the networks start
+
+
+@pytest.mark.parametrize("stream", [STREAM, ALBEF])
+def test_networks_start_from_the_pretrained_layers(stream):
+    pretrained = spread_weights(Simla(model_config(stream)))
+    pair, answers = PairNetwork(model_config(stream)), AnswerNetwork(model_config(stream))
+    pair.start_from(pretrained)
+    answers.start_from(pretrained)
+    numbers = sources(stream)
+    assert numbers == ([0, 1, 1] if stream.shared else [0, 1, 1, 2, 2])
+    for layer, number in zip(pair.stream.layers, numbers, strict=True):
+        source = pretrained.stream.layers[number]
+        assert torch.equal(layer.feed_forward.up.weight, source.feed_forward.up.weight)
+    for layer, source in zip(
+        answers.decoder.layers, pretrained.stream.layers[-len(answers.decoder.layers) :], strict=True
+    ):
+        assert torch.equal(layer.cross_attention.key.weight, source.cross_attention.key.weight)
+    tied = pair.stream.layers[numbers.index(1)], pair.stream.layers[numbers.index(1) + 1]
+    assert tied[0].cross_attention.key is tied[1].cross_attention.key
+    assert tied[0].cross_attention.query is not tied[1].cross_attention.query
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("network", "pictures"), [(EntailmentNetwork, 1), (PairNetwork, 2)])
+def test_padding_and_neighbours_do_not_matter(network, pictures):
+    model = spread_weights(network(model_config())).eval()
+    batch = batch_of(pictures=pictures)
+    together = model(batch)
+    for row in range(3):
+        keep = int(batch["text_mask"][row].sum())
+        alone = {
+            "image": batch["image"][row::3],
+            "input_ids": batch["input_ids"][row : row + 1, :keep],
+            "text_mask": batch["text_mask"][row : row + 1, :keep],
+            "token_index": torch.arange(keep),
+        }
+        torch.testing.assert_close(model(alone)[0], together[row], atol=1e-5, rtol=1e-5)
+
+
+# --- measures against counting
+
+
+def test_accuracy_confusion_and_majority_are_counted():
+    random = Random(0)
+    entries = [{"label": random.choice(CLASSES)} for _ in range(200)]
+    said = [{"entry": n, "label": random.choice(CLASSES)} for n in range(200)]
+    random.shuffle(said)
+    found = SnliVe().measures(entries, said)
+    assert found["accuracy"] == sum(entries[p["entry"]]["label"] == p["label"] for p in said) / 2
+    assert sum(found[f"confusion/{a}/{b}"] for a in CLASSES for b in CLASSES) == 200
+    assert found["accuracy"] == sum(found[f"confusion/{a}/{a}"] for a in CLASSES) / 2
+    assert found["majority"] == max(sum(e["label"] == c for e in entries) for c in CLASSES) / 2
+
+
+def test_consistency_counts_statements_that_are_right_everywhere():
+    right = {"label": "True"}
+    entries = [
+        {**right, "sentence": "s", "identifier": identifier}
+        for identifier in ("dev-1-0-0", "dev-1-1-0", "dev-1-0-1", "dev-1-1-1", "dev-2-0-0")
+    ]
+    said = [{"entry": n, "label": label} for n, label in enumerate(("True", "True", "True", "False", "True"))]
+    found = Nlvr2().measures(entries, said)
+    assert found["accuracy"] == 80
+    assert found["consistency"] == pytest.approx(100 * 2 / 3)  # 1-0 and 2-0 hold everywhere, 1-1 does not
+    without = [{key: value for key, value in entry.items() if key != "identifier"} for entry in entries]
+    assert Nlvr2().measures(without, said)["consistency"] == 0  # one sentence, once wrong
+
+
+def test_retrieval_names_recall_as_published():
+    ranks = {"image_to_text": [0, 3, 7], "text_to_image": [0, 0, 12, 4]}
+    said = [{"entry": n, "direction": d, "rank": r} for d, rows in ranks.items() for n, r in enumerate(rows)]
+    found = Retrieval().measures([{}] * 4, said)
+    assert [found[f"txt_r{k}"] for k in (1, 5, 10)] == pytest.approx([100 / 3, 200 / 3, 100])
+    assert [found[f"img_r{k}"] for k in (1, 5, 10)] == [50, 75, 75]
+    assert found["r_mean"] == pytest.approx((200 / 3 + 200 / 3) / 2)
