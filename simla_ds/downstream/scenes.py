@@ -138,8 +138,39 @@ def statements(scenes: list[Scene], random: Random) -> Iterator[Entry]:
 
 
 def hypotheses(scenes: list[Scene], random: Random) -> Iterator[Entry]:
-    """Hypotheses about where two things are: clearly true, clearly the other way round, or neither (neutral)."""
+    """Hypotheses about a thing's colour and about where two things are: true, false, or left open (neutral).
+
+    Left open is the colour of what is not in the picture, and a direction in which neither thing is clearly ahead.
+    """
     families: dict[str, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
+    for family, scene, sentence, label in (*_coloured(scenes, random), *_placed(scenes, random)):
+        families[family][label].append({"image": f"{scene.key}.jpg", "sentence": sentence, "label": label})
+    chosen = []
+    for labels in families.values():
+        count = min(len(labels[label]) for label in ("contradiction", "neutral", "entailment"))
+        chosen += [entry for entries in list(labels.values()) for entry in random.sample(entries, count)]
+    yield from random.sample(chosen, len(chosen))
+
+
+def _coloured(scenes: list[Scene], random: Random) -> Iterator[tuple[str, Scene, str, str]]:
+    """Say of a recoloured thing its colour or another thing's; say the same of a scene without it."""
+    found = [(scene, i) for scene in scenes for i in scene.single if scene.record["objects"][i]["turned"]]
+    colours = [scene.record["objects"][i]["colour"] for scene, i in found]
+    elsewhere = [scene for scene in scenes if scene.plain]
+    for scene, i in found:
+        thing = scene.record["objects"][i]
+        true, other = random.random() < 0.5, random.choice(colours)
+        if not true and other == thing["colour"]:
+            continue
+        sentence = f"the {thing['name']} is {thing['colour'] if true else other}"
+        yield "colour", scene, sentence, "entailment" if true else "contradiction"
+        without = random.choice(elsewhere)
+        if thing["name"] not in without.names:
+            yield "colour", without, sentence, "neutral"
+
+
+def _placed(scenes: list[Scene], random: Random) -> Iterator[tuple[str, Scene, str, str]]:
+    """Say of two things that one is left of or above the other, or right of or below it."""
     for scene in scenes:
         pairs = list(combinations(scene.single, 2))
         if not pairs:
@@ -152,12 +183,7 @@ def hypotheses(scenes: list[Scene], random: Random) -> Iterator[Entry]:
             inverse = random.random() < 0.5
             first, second = (j, i) if inverse else (i, j)
             sentence = f"the {scene.single[first]} is {words[inverse]} the {scene.single[second]}"
-            families[words[inverse]][label].append({"image": f"{scene.key}.jpg", "sentence": sentence, "label": label})
-    chosen = []
-    for labels in families.values():
-        count = min(len(labels[label]) for label in ("contradiction", "neutral", "entailment"))
-        chosen += [entry for entries in list(labels.values()) for entry in random.sample(entries, count)]
-    yield from random.sample(chosen, len(chosen))
+            yield words[inverse], scene, sentence, label
 
 
 def _differing(scenes: list[Scene], random: Random) -> Iterator[tuple[Scene, Scene, str, str]]:

@@ -107,7 +107,14 @@ def test_hypotheses_have_their_label_and_each_words_have_each_label_equally_ofte
     for entry in entries["snli_ve"].entries:
         scene, sentence = truth[entry["image"].removesuffix(".jpg")], entry["sentence"]
         names = [thing["name"] for thing in scene["objects"]]
-        words = next(words for words in WORDS if f" is {words} the " in sentence)
+        words = next((words for words in WORDS if f" is {words} the " in sentence), None)
+        if words is None:
+            name, colour = sentence.removeprefix("the ").rsplit(" is ", 1)
+            own = {thing["colour"] for thing in scene["objects"] if thing["name"] == name}
+            wanted = "neutral" if not own else "entailment" if own == {colour} else "contradiction"
+            assert entry["label"] == wanted
+            labels["colour"][entry["label"]] += 1
+            continue
         first, second = sentence.removeprefix("the ").split(f" is {words} the ")
         relation, turned = WORDS[words]
         i, j = (names.index(name) for name in ((second, first) if turned else (first, second)))
@@ -118,7 +125,7 @@ def test_hypotheses_have_their_label_and_each_words_have_each_label_equally_ofte
             wanted = "contradiction"
         assert entry["label"] == wanted
         labels[words][entry["label"]] += 1
-    assert len(labels) == 4
+    assert len(labels) == 5
     assert all(len(set(count.values())) == 1 and len(count) == 3 for count in labels.values())
 
 
