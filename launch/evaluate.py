@@ -14,6 +14,8 @@ set_threads()  # before torch is imported
 
 FORMATS = """annotations, a JSON list of objects; paths start at --image-root:
   retrieval  {"image": path, "caption": [text, ...]}
+  grounding  {"image": path, "text": expression, "box": [x, y, w, h], "size": [width, height], "proposals": optional
+              list of boxes, "split": optional name}
   vqa        {"image": path, "question": text, "question_id": number, "answer": [ten texts] or text or left out}
   nlvr2      {"images": [path, path], "sentence": text, "label": "True" or "False", "identifier": optional}
   snli_ve    {"image": path (".jpg" is added), "sentence": text, "label": contradiction, neutral or entailment}"""
@@ -48,8 +50,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers to this file")
     arguments = parser.parse_args(argv)
-    if arguments.task == "grounding":
-        parser.exit(2, "evaluate.py: error: --task grounding is not there yet; the others are\n")
     if arguments.task == "retrieval" and (arguments.inputs != "both" or arguments.predictions or arguments.answers):
         parser.exit(2, "evaluate.py: error: --inputs, --predictions and --answers are not for retrieval\n")
     if arguments.rerank < 0:

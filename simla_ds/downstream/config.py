@@ -15,7 +15,7 @@ from simla_ds.config import (
     TrainConfig,
 )
 
-TaskName = Literal["retrieval", "vqa", "nlvr2", "snli_ve"]
+TaskName = Literal["retrieval", "grounding", "vqa", "nlvr2", "snli_ve"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,22 @@ def captions(scenes: list[Scene], random: Random) -> Iterator[Entry]:
         yield {"image": scene.key, "caption": scene.record["caption"], "image_id": scene.key}
 
 
+def expressions(scenes: list[Scene], random: Random) -> Iterator[Entry]:
+    """What captions call single things by name, with their boxes; all things' boxes are the proposals."""
+    for scene in scenes:
+        size, things = scene.record["size"], scene.record["objects"]
+        for phrase in scene.record["phrases"]:
+            named = len(phrase["objects"]) == 1 and things[phrase["objects"][0]]["name"] in phrase["text"]
+            if named and len(things) > 1:  # "one other thing" could be any
+                yield {
+                    "image": scene.key,
+                    "text": phrase["text"],
+                    "box": phrase["box"],
+                    "size": [size, size],
+                    "proposals": [thing["box"] for thing in things],
+                }
+
+
 def questions(scenes: list[Scene], random: Random) -> Iterator[Entry]:
     """Questions of four kinds: is there (half of them no), is it left of or above (likewise), what colour, how many."""
     asked = [item for kind in (_existence, _position, _colour, _count) for item in kind(scenes, random)]
@@ -200,6 +216,7 @@ def _a(name: str) -> str:
 
 MAKERS: dict[str, Callable[[list[Scene], Random], Iterator[Entry]]] = {
     "retrieval": captions,
+    "grounding": expressions,
     "vqa": questions,
     "nlvr2": statements,
     "snli_ve": hypotheses,

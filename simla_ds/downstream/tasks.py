@@ -9,6 +9,7 @@ from pathlib import Path
 from simla_ds.data.text import TextTokenizer
 from simla_ds.downstream.annotations import Annotations, read_annotations
 from simla_ds.downstream.base import Downstream
+from simla_ds.downstream.grounding import Grounding
 from simla_ds.downstream.nlvr2 import Nlvr2
 from simla_ds.downstream.retrieval_tuning import Retrieval
 from simla_ds.downstream.scenes import scene_annotations
@@ -20,6 +21,7 @@ ANSWERS = "answers.json"
 
 TASKS: dict[str, Callable[..., Downstream]] = {
     "retrieval": lambda tokenizer, answers, official, rerank: Retrieval(rerank),
+    "grounding": lambda tokenizer, answers, official, rerank: Grounding(rerank),
     "vqa": lambda tokenizer, answers, official, rerank: Vqa(tokenizer, answers, official=official),
     "nlvr2": lambda tokenizer, answers, official, rerank: Nlvr2(),
     "snli_ve": lambda tokenizer, answers, official, rerank: SnliVe(),

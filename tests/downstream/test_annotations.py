@@ -5,6 +5,7 @@ import json
 import pytest
 
 from simla_ds.downstream.annotations import BadAnnotations, read_annotations
+from simla_ds.downstream.grounding import Grounding
 from simla_ds.downstream.nlvr2 import Nlvr2
 from simla_ds.downstream.retrieval_tuning import Retrieval
 from simla_ds.downstream.snli_ve import SnliVe
@@ -15,8 +16,9 @@ GOOD = {
     "nlvr2": {"images": ["a.jpg", "b.jpg"], "sentence": "two dogs", "label": "True"},
     "snli_ve": {"image": "a", "sentence": "a dog", "label": "neutral"},
     "retrieval": {"image": "a.jpg", "caption": ["a dog", "a cat"]},
+    "grounding": {"image": "a.jpg", "text": "the dog", "box": [1, 2, 3, 4], "size": [9, 9]},
 }
-TASKS = {"vqa": Vqa, "nlvr2": Nlvr2, "snli_ve": SnliVe, "retrieval": Retrieval}
+TASKS = {"vqa": Vqa, "nlvr2": Nlvr2, "snli_ve": SnliVe, "retrieval": Retrieval, "grounding": Grounding}
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def read(tmp_path):
     return read
 
 
-def problems(task, annotations, train=True):
+def problems(task, annotations, train=False):
     with pytest.raises(BadAnnotations) as caught:
         TASKS[task]().checked(annotations, train=train)
     return caught.value
@@ -56,6 +58,8 @@ def test_an_entry_of_the_documented_format_passes(task, read):
         ("nlvr2", {"label": "true"}, "label 'true' is none of False, True"),
         ("snli_ve", {"image": "c"}, "picture c.jpg is missing"),
         ("snli_ve", {"label": "yes"}, "label 'yes' is none of contradiction, neutral, entailment"),
+        ("grounding", {"box": [1, 2, 3]}, "key 'box' must hold 4 numbers"),
+        ("grounding", {"proposals": [[1, 2, 0, 4]]}, "key 'proposals' must hold boxes of 4 numbers with a size"),
         ("retrieval", {"caption": ["a dog", 3]}, "key 'caption' must hold a text or a list of texts"),
     ],
 )
@@ -69,7 +73,8 @@ def test_a_missing_key_is_named(read):
     for task, entry in GOOD.items():
         for key in entry:
             changed = {name: value for name, value in entry.items() if name != key}
-            assert f"{key!r}" in problems(task, read([changed])).problems[0]
+            if key != "answer":
+                assert f"{key!r}" in problems(task, read([changed])).problems[0]
 
 
 def test_twenty_problems_are_shown_and_the_others_counted(read):
@@ -87,7 +92,7 @@ def test_an_id_that_is_there_twice_is_named_once(read):
 def test_questions_without_answers_can_be_evaluated_but_not_learnt_from(read):
     entry = {key: value for key, value in GOOD["vqa"].items() if key != "answer"}
     assert Vqa().checked(read([entry]), train=False).entries == [entry]
-    assert "answer" in problems("vqa", read([entry])).problems[0]
+    assert "answer" in problems("vqa", read([entry]), train=True).problems[0]
 
 
 @pytest.mark.parametrize(("content", "told"), [("{}", "not one dict"), ("[]", "no entries"), ("[1]", "other things")])

@@ -1,13 +1,18 @@
 """The tasks on scenes: true, and balanced so that text alone, or a picture alone, does not win."""
 
+import json
 from collections import Counter, defaultdict
 
 import pytest
 
 from simla_ds.data.scenes.prepare import prepare_scenes
+from simla_ds.data.shards import write_shards
+from simla_ds.data.text import TextTokenizer
 from simla_ds.downstream.scenes import scene_annotations
 from simla_ds.downstream.tasks import make_task
 
+TASKS = ("vqa", "nlvr2", "snli_ve", "retrieval", "grounding")
+DRAWN_BY_NOBODY = ("retrieval", "grounding")  # captions and phrases are the scenes' own
 WORDS = {"left of": ("left of", 0), "right of": ("left of", 1), "above": ("above", 0), "below": ("above", 1)}
 
 
@@ -29,24 +34,21 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def entries(scenes):
-    return {task: scene_annotations(task, str(scenes / "train")) for task in ("vqa", "nlvr2", "snli_ve", "retrieval")}
+    return {task: scene_annotations(task, str(scenes / "train")) for task in TASKS}
 
 
 def records(annotations):
-    import json
-
     return {key: json.loads(annotations.pictures.members(key)["json"]) for key in annotations.pictures.places}
 
 
-@pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli_ve", "retrieval"])
+@pytest.mark.parametrize("task", TASKS)
 def test_entries_are_of_the_tasks_documented_format_and_repeatable(task, scenes, entries):
-    from simla_ds.data.text import TextTokenizer
-
     downstream = make_task(task, TextTokenizer(scenes / "tokenizer"))
     assert downstream.checked(entries[task], train=True).entries
     assert scene_annotations(task, str(scenes / "train")).entries == entries[task].entries
     assert (
-        scene_annotations(task, str(scenes / "train"), seed=1).entries != entries[task].entries or task == "retrieval"
+        scene_annotations(task, str(scenes / "train"), seed=1).entries != entries[task].entries
+        or task in DRAWN_BY_NOBODY
     )
 
 
@@ -129,9 +131,16 @@ def test_hypotheses_have_their_label_and_each_words_have_each_label_equally_ofte
     assert all(len(set(count.values())) == 1 and len(count) == 3 for count in labels.values())
 
 
-def test_shards_that_are_no_scenes_are_refused(tmp_path):
-    from simla_ds.data.shards import write_shards
+def test_expressions_name_one_thing_and_have_its_box(entries):
+    truth = records(entries["grounding"])
+    for entry in entries["grounding"].entries:
+        things = truth[entry["image"]]["objects"]
+        (thing,) = [thing for thing in things if thing["box"] == entry["box"]]
+        assert thing["name"] in entry["text"]
+        assert entry["proposals"] == [thing["box"] for thing in things]
 
+
+def test_shards_that_are_no_scenes_are_refused(tmp_path):
     write_shards([("a", {"jpg": b"x", "json": b'{"caption": "a dog"}'})], tmp_path, 10)
     with pytest.raises(ValueError, match="sample a is no scene"):
         scene_annotations("vqa", str(tmp_path))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from simla_ds.data.text import TextTokenizer, train_tokenizer
+from simla_ds.downstream.grounding import Grounding, hot_box, iou, rank_proposals
 from simla_ds.downstream.nlvr2 import Nlvr2, PairNetwork, sources
 from simla_ds.downstream.retrieval_tuning import Retrieval
 from simla_ds.downstream.snli_ve import CLASSES, EntailmentNetwork, SnliVe
@@ -192,6 +193,82 @@ def test_padding_and_neighbours_do_not_matter(network, pictures):
             "token_index": torch.arange(keep),
         }
         torch.testing.assert_close(model(alone)[0], together[row], atol=1e-5, rtol=1e-5)
+
+
+# --- heat maps
+
+
+def test_a_heat_map_is_attention_times_what_the_match_owes_it(monkeypatch):
+    """The same from gradients of the model's own pass, whose kernel is replaced by one that keeps its weights."""
+    from simla_ds.downstream.grounding import heat_maps
+    from simla_ds.model import rows
+
+    model = spread_weights(Simla(model_config(replace(STREAM, layers=3)))).eval()
+    batch, kept = batch_of(), []
+
+    def keeping(q, k, v, mask=None, index=None, p=0.0):
+        weights = (
+            (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5)
+            .masked_fill(torch.zeros(()).bool() if mask is None else ~mask[:, None, None], float("-inf"))
+            .softmax(-1)
+        )
+        weights.retain_grad()
+        kept.append(weights)
+        return weights @ v
+
+    for layer in range(3):
+        maps, logits = heat_maps(model, batch, layer)
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "cross_attention", keeping)
+            kept.clear()
+            fused, _ = model.text_over_image(
+                batch["input_ids"], batch["text_mask"], model.image_encoder(batch["image"])
+            )
+            wanted = model.match_head(fused[:, 0])[:, 1]
+            wanted.sum().backward()
+        torch.testing.assert_close(logits, wanted.detach(), atol=1e-5, rtol=1e-5)
+        attention = kept[2 * layer + 1]  # each layer's self-attention goes before
+        cam = torch.zeros(3, 9)
+        for row in range(3):
+            for head in range(4):
+                for word in range(int(batch["text_mask"][row].sum())):
+                    gradient = attention.grad[row, head, word, 1:].clamp(min=0)
+                    cam[row] += attention.detach()[row, head, word, 1:] * gradient
+        torch.testing.assert_close(maps.flatten(1), cam / (4 * 7), atol=1e-7, rtol=1e-4)
+        assert maps.max() > 0
+
+
+def test_overlap_is_that_of_counted_pixels():
+    random = Random(0)
+    for _ in range(1000):
+        a, b = ([random.randint(0, 6), random.randint(0, 6), random.randint(2, 6), random.randint(2, 6)] for _ in "ab")
+        pixels = [{(x, y) for x in range(c[0], c[0] + c[2]) for y in range(c[1], c[1] + c[3])} for c in (a, b)]
+        both = len(pixels[0] & pixels[1])
+        shared_sides = [min(a[k] + a[k + 2], b[k] + b[k + 2]) - max(a[k], b[k]) for k in (0, 1)]
+        if min(shared_sides) == 1:
+            both = 0  # published: boxes that share a single row or column of pixels do not overlap
+        assert iou(a, b) == pytest.approx(both / (a[2] * a[3] + b[2] * b[3] - both))
+
+
+def test_proposals_and_boxes_follow_the_heat():
+    heat = torch.zeros(10, 20)
+    heat[2:5, 4:8] = 1.0
+    assert rank_proposals(heat, [[0, 0, 20, 10], [4, 2, 4, 3], [10, 5, 4, 3], [4, 2, 2, 1]]) == 1
+    assert rank_proposals(heat - 1, [[10, 5, 4, 3], [4, 2, 4, 3]]) == 1  # published: neither would be chosen
+    assert hot_box(heat) == [4, 2, 4, 3]
+
+
+def test_pointing_and_overlap_are_counted():
+    cam = torch.zeros(4, 4)
+    cam[0, 3] = 1.0
+    entries = [
+        {"box": [60, 0, 20, 20], "size": [80, 80], "proposals": [[0, 0, 10, 10], [60, 0, 20, 20]], "split": "a"},
+        {"box": [0, 0, 50, 50], "size": [80, 80], "proposals": [[0, 0, 50, 50]], "split": "b"},
+    ]
+    found = Grounding().measures(entries, [{"entry": n, "map": cam.tolist()} for n in (0, 1)])
+    assert (found["pointing"], found["pointing/a"], found["pointing/b"]) == (50, 100, 0)
+    assert (found["proposal_iou50"], found["centre"]) == (100, 50)
+    assert found["random"] == pytest.approx(100 * (400 + 2500) / 2 / 6400)
 
 
 # --- measures against counting
