@@ -166,16 +166,17 @@ def test_networks_start_from_the_pretrained_layers(stream):
     answers.start_from(pretrained)
     numbers = sources(stream)
     assert numbers == ([0, 1, 1] if stream.shared else [0, 1, 1, 2, 2])
-    for layer, number in zip(pair.stream.layers, numbers, strict=True):
-        source = pretrained.stream.layers[number]
-        assert torch.equal(layer.feed_forward.up.weight, source.feed_forward.up.weight)
-    for layer, source in zip(
-        answers.decoder.layers, pretrained.stream.layers[-len(answers.decoder.layers) :], strict=True
-    ):
-        assert torch.equal(layer.cross_attention.key.weight, source.cross_attention.key.weight)
-    tied = pair.stream.layers[numbers.index(1)], pair.stream.layers[numbers.index(1) + 1]
-    assert tied[0].cross_attention.key is tied[1].cross_attention.key
-    assert tied[0].cross_attention.query is not tied[1].cross_attention.query
+    up = "stream.layers.{}.feed_forward.up.weight"
+    for layer, number in enumerate(numbers):
+        assert torch.equal(pair.get_parameter(up.format(layer)), pretrained.get_parameter(up.format(number)))
+    key, depth = "{}.layers.{}.cross_attention.key.weight", len(answers.decoder.layers)
+    for layer in range(depth):
+        source = pretrained.get_parameter(key.format("stream", len(pretrained.stream.layers) - depth + layer))
+        assert torch.equal(answers.get_parameter(key.format("decoder", layer)), source)
+    first = numbers.index(1)
+    one, other = pair.stream.cross_attention(first), pair.stream.cross_attention(first + 1)
+    assert one.key is other.key
+    assert one.query is not other.query
 
 
 @torch.no_grad()
