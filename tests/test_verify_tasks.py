@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from simla_ds import verify_tasks
-from simla_ds.downstream import base, nlvr2, retrieval_tuning, snli_ve, vqa
+from simla_ds.downstream import base, classification, nlvr2, retrieval_tuning, vqa
 from simla_ds.model.rows import Rows
 from simla_ds.objectives.itm import ImageTextMatching
 from simla_ds.verify import verify_reference
@@ -73,7 +73,7 @@ def teacher_counts(patch):
 
 def no_teacher(patch):
     loss = base.distilled_class_loss
-    patch.setattr(snli_ve, "distilled_class_loss", lambda s, t, labels, alpha: loss(s, t, labels, 0.0))
+    patch.setattr(classification, "distilled_class_loss", lambda s, t, labels, alpha: loss(s, t, labels, 0.0))
 
 
 @pytest.mark.parametrize(
