@@ -12,38 +12,80 @@ from simla_ds.threads import set_threads
 
 set_threads()  # before torch is imported
 
+FORMATS = """annotations, a JSON list of objects; paths start at --image-root:
+  retrieval  {"image": path, "caption": [text, ...]}
+  grounding  {"image": path, "text": expression, "box": [x, y, w, h], "size": [width, height], "proposals": optional
+              list of boxes, "split": optional name}
+  vqa        {"image": path, "question": text, "question_id": number, "answer": [ten texts] or text or left out}
+  nlvr2      {"images": [path, path], "sentence": text, "label": "True" or "False", "identifier": optional}
+  snli_ve    {"image": path (".jpg" is added), "sentence": text, "label": contradiction, neutral or entailment}"""
 TASKS = ("retrieval", "grounding", "vqa", "nlvr2", "snli_ve")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line; exits with status 2 on wrong use."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        epilog=FORMATS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--task", required=True, choices=TASKS, help="what to evaluate")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder, such as RUN/final")
     parser.add_argument("--weights", default="student", choices=("student", "teacher"), help="whose (default: student)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--annotations", type=Path, metavar="FILE", help='JSON list of {"image": path, "caption": [text, ...]}'
-    )
-    source.add_argument("--data", metavar="SHARDS", help="WebDataset shards, as data.val of pretrain.py")
+    source.add_argument("--annotations", type=Path, metavar="FILE", help="JSON list of entries (see below)")
+    source.add_argument("--data", metavar="SHARDS", help="WebDataset shards: pairs for retrieval, else scenes")
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="where paths start (default: FILE's folder)")
     parser.add_argument(
         "--rerank", type=int, default=128, metavar="K", help="candidates that ITM orders; 0: none (default: 128)"
     )
+    parser.add_argument(
+        "--answers", type=Path, metavar="FILE", help="VQA: JSON list of answers to rank (default: DIR's)"
+    )
+    parser.add_argument("--predictions", type=Path, metavar="OUT", help="also write each prediction, as JSONL")
+    parser.add_argument(
+        "--inputs", default="both", choices=("both", "text", "image"), help="blank the other one (default: both)"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers to this file")
     arguments = parser.parse_args(argv)
-    if arguments.task != "retrieval":
-        parser.exit(2, f"evaluate.py: error: --task {arguments.task} is not there yet; only retrieval is\n")
+    if arguments.task == "retrieval" and (arguments.inputs != "both" or arguments.predictions or arguments.answers):
+        parser.exit(2, "evaluate.py: error: --inputs, --predictions and --answers are not for retrieval\n")
     if arguments.rerank < 0:
         parser.exit(2, f"evaluate.py: error: --rerank must be 0 or more, got {arguments.rerank}\n")
     return arguments
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
+def evaluate_task(arguments: argparse.Namespace) -> int:
+    """Load, predict, print the protocol's measures."""
+    from simla_ds.downstream.evaluation import evaluate_folder, write_predictions
+    from simla_ds.hub import resolve_weights
+
+    measures, predictions, annotations = evaluate_folder(
+        arguments.task,
+        resolve_weights(arguments.model, arguments.weights),
+        str(arguments.annotations or arguments.data),
+        str(arguments.image_root or ""),
+        answers=arguments.answers,
+        inputs=arguments.inputs,
+    )
+    width = max(map(len, measures))
+    print("\n".join(f"{name:<{width}}  {value:8.2f}" for name, value in measures.items()))
+    if arguments.predictions:
+        write_predictions(arguments.predictions, annotations, predictions)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(measures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def evaluate_retrieval(arguments: argparse.Namespace) -> int:
     """Load, retrieve, print."""
     from simla_ds.config import Config, DataConfig
     from simla_ds.data.loader import eval_batches
+    from simla_ds.downstream.annotations import read_annotations
     from simla_ds.downstream.retrieval import annotated, retrieve
+    from simla_ds.downstream.retrieval_tuning import Retrieval
     from simla_ds.hub import SimlaProcessor, load_model_folder, resolve_weights
     from simla_ds.report import retrieval_table
 
@@ -52,6 +94,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     processor = SimlaProcessor.from_pretrained(folder)
     if arguments.annotations:
         root = arguments.image_root or arguments.annotations.parent
+        Retrieval().checked(read_annotations(arguments.annotations, root), train=False)
         batches = annotated(arguments.annotations, root, processor)
     else:
         settings = Config(model=config, data=DataConfig(max_words=processor.max_words))
@@ -64,12 +107,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Bad input is one line and status 2."""
+    """Bad input is told, all that is wrong with an annotation file at once, and status 2."""
     arguments = parse(sys.argv[1:])
     try:
-        return evaluate(arguments)
+        return evaluate_retrieval(arguments) if arguments.task == "retrieval" else evaluate_task(arguments)
     except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -62,6 +62,14 @@ def _export(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _visualize(arguments: argparse.Namespace) -> int:
+    from simla_ds.visualize import visualize
+
+    probability = visualize(arguments.model, arguments.image, arguments.text, arguments.out, arguments.layer)
+    print(f"{arguments.out}: the text matches with probability {probability:.2f}")
+    return DONE
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from simla_ds.demo import run_demo
 
@@ -88,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     _add_export(commands)
+    _add_visualize(commands)
     _add_demo(commands)
     return parser
 
@@ -185,6 +194,23 @@ def _add_export(commands) -> None:
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step_N")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder; an old one is replaced")
     export.add_argument("--tokenizer", type=Path, metavar="DIR", help="its folder (default: where the run had it)")
+
+
+def _add_visualize(commands) -> None:
+    command = _command(
+        commands,
+        "visualize",
+        "draw where in a picture the model finds what a text says",
+        _visualize,
+        "Grad-CAM of the cross-attention, beside the picture.",
+    )
+    command.add_argument("image", type=Path, metavar="IMAGE", help="picture")
+    command.add_argument("text", metavar="TEXT", help='what to look for, such as "a red dog"')
+    command.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder, such as RUN/final")
+    command.add_argument("--out", type=Path, default=Path("heat.png"), metavar="PNG", help="file to write")
+    command.add_argument(
+        "--layer", type=int, metavar="N", help="from 0 (default: at the height of the published 8 of 12)"
+    )
 
 
 def _add_demo(commands) -> None:

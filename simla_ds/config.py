@@ -177,6 +177,8 @@ class ContrastiveConfig:
     a quarter of the data: a larger queue would hold many features of the very pictures it is contrasted with. Off for
     models that start from nothing: their features drift so fast that old keys are told from new ones by age alone, and
     captions collapse to one point (seen on scenes within 2,000 pairs, at 512 and 1,024 keys)."""
+    positives: Literal["pair", "image"] = "pair"
+    """What counts as right: a picture's own caption, or (retrieval) every caption of the same picture alike."""
 
     def __post_init__(self):
         _require(self.queue_size >= 0, f"objectives.itc.queue_size must be >= 0, got {self.queue_size}")
@@ -451,6 +453,14 @@ class EvalConfig:
     """Pairs per forward."""
     rerank: int = 16
     """Candidates re-ranked by ITM in zero-shot retrieval; 0: ITC only."""
+    metric: str = ""
+    """Held-out measure (higher is better) whose best weights are kept in the run folder's best/, such as
+    eval/student/retrieval/itm/text_to_image/r1. Empty: none when pretraining, the task's own when fine-tuning."""
+    patience: int = 0
+    """Evaluations without a better eval.metric after which the run ends early; 0: never."""
+
+    def __post_init__(self):
+        _require(self.patience >= 0, f"eval.patience must be >= 0, got {self.patience}")
 
 
 @dataclass(frozen=True, kw_only=True)

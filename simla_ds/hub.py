@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -26,8 +28,10 @@ from transformers.utils.generic import ModelOutput
 
 from simla_ds.config import ModelConfig, StreamConfig, VisionConfig, VocabularyConfig
 from simla_ds.data.processor import SimlaProcessor, read_json, save_processor
+from simla_ds.model.network import Network
 from simla_ds.model.simla import Simla
 
+N = TypeVar("N", bound=Network)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 __all__ = [
     "SimlaConfig",
@@ -48,6 +52,8 @@ class SimlaConfig(PreTrainedConfig):
     model_type = "simla"
     model: dict | None = None
     """ModelConfig as nested dicts."""
+    task: str = Simla.task
+    """Which network it is: pretraining's, which SimlaModel holds, or a downstream task's."""
     training: dict | None = None
     """Where the weights come from: whatever save_model_folder was given as `extra`."""
     tie_word_embeddings: bool = True
@@ -158,14 +164,15 @@ AutoModel.register(SimlaConfig, SimlaModel, exist_ok=True)
 
 
 def save_model_folder(
-    model: Simla,
+    model: Network,
     folder: Path,
     tokenizer_folder: Path | None = None,
     extra: dict | None = None,
     *,
-    teacher: Simla | None = None,
+    teacher: Network | None = None,
     max_words: int = 30,
     max_tokens: int = 25,
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a model folder that from_pretrained reads: all of it, or nothing.
 
@@ -177,6 +184,7 @@ def save_model_folder(
         teacher: also write folder/teacher.
         max_words: words of a caption that the processor keeps.
         max_tokens: tokens of a caption that it keeps.
+        files: texts to write beside the weights, by file name (a task's answer list).
 
     Raises:
         ValueError: folder holds something else, or the tokenizer doesn't fit the model.
@@ -185,8 +193,9 @@ def save_model_folder(
         for network, target in ((model, fresh), (teacher, fresh / "teacher")):
             if network is None:
                 continue
-            with _no_progress_bar():
-                SimlaModel(SimlaConfig.from_model_config(network.config, extra), network).save_pretrained(target)
+            _write_network(network, target, extra)
+            for name, text in files.items():
+                (target / name).write_text(text, encoding="utf-8")
             if tokenizer_folder is not None:
                 save_processor(network.config, Path(tokenizer_folder), target, max_words, max_tokens)
 
@@ -212,18 +221,25 @@ def new_model_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def load_model_folder(folder: Path) -> tuple[Simla, ModelConfig]:
+def load_model_folder(folder: Path, kind: type[N] = Simla) -> tuple[N, ModelConfig]:
     """Load the network of a model folder and its configuration, in eval mode, without deepspeed or triton.
 
+    Args:
+        folder: pretraining's, or with `kind` that of a downstream task's network.
+        kind: the network it must hold.
+
     Raises:
-        ValueError: a file is missing, another model type, or weights of other sizes than config.json says.
+        ValueError: a file is missing, another model type or task, or weights of other sizes than config.json says.
     """
     folder = Path(folder)
-    config = _read_config(folder).model_config
+    described = _read_config(folder)
+    config = described.model_config
+    if described.task != kind.task:
+        raise ValueError(f"{folder} holds a model for {described.task!r}, not for {kind.task!r}")
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"{folder} is no model folder: {WEIGHTS} is missing")
     with torch.device("meta"):
-        wanted = {f"model.{name}": tuple(p.shape) for name, p in Simla(config).named_parameters()}
+        wanted = {f"model.{name}": tuple(p.shape) for name, p in kind(config).named_parameters()}
     with safe_open(folder / WEIGHTS, "pt") as file:
         given = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
     for name in sorted(wanted.keys() | given.keys()):
@@ -232,8 +248,26 @@ def load_model_folder(folder: Path) -> tuple[Simla, ModelConfig]:
                 f"{folder / WEIGHTS} has {name} {given.get(name, 'nowhere')}, "
                 f"its {CONFIG} describes {wanted.get(name, 'no such parameter')}"
             )
-    with _no_progress_bar():
-        return SimlaModel.from_pretrained(folder).model, config
+    model = kind(config)
+    weights = load_file(folder / WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[f"model.{name}"])
+    return model.eval(), config
+
+
+def _write_network(network: Network, target: Path, extra: dict | None) -> None:
+    """Write config.json and model.safetensors. A tied parameter is stored once, under its first name."""
+    config = SimlaConfig.from_model_config(network.config, extra)
+    if isinstance(network, Simla):
+        with _no_progress_bar():
+            SimlaModel(config, network).save_pretrained(target)
+        return
+    config.task = network.task
+    target.mkdir(parents=True)
+    config.save_pretrained(target)
+    weights = {f"model.{name}": p.detach().cpu().contiguous() for name, p in network.named_parameters()}
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
 
 
 def resolve_weights(folder: Path, weights: Literal["student", "teacher"]) -> Path:

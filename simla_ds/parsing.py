@@ -1,4 +1,4 @@
-"""From dataclasses to the command line and YAML: what launch/pretrain.py accepts.
+"""From dataclasses to the command line and YAML: what launch/pretrain.py and launch/finetune.py accept.
 
     pretrain.py [--deepspeed FILE.json] [--config RECIPE.yaml ...] [--KEY.SUBKEY VALUE ...]
 
@@ -17,14 +17,14 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from simla_ds.config import Config
 
-_PROGRAM = "pretrain.py"
-_USAGE = f"{_PROGRAM} [--deepspeed FILE.json] [--config RECIPE.yaml ...] [--KEY.SUBKEY VALUE ...]"
+C = TypeVar("C", bound=Config)
+_USAGE = "%s [--deepspeed FILE.json] [--config RECIPE.yaml ...] [--KEY.SUBKEY VALUE ...]"
 _UNKNOWN_KEY = (
     re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)"),
     re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'"),
@@ -43,19 +43,21 @@ class LaunchArguments:
     """This process's number on its node."""
 
 
-def parse_config(argv: list[str]) -> tuple[Config, LaunchArguments]:
-    """Return the run's configuration and the launcher's arguments.
+def parse_config(
+    argv: list[str], kind: type[C] = Config, program: str = "pretrain.py", purpose: str = "Pretrain SIMLA."
+) -> tuple[C, LaunchArguments]:
+    """Return the run's configuration, of a kind, and the launcher's arguments; program and purpose are for messages.
 
     Exits with status 0 after --help and 2 on wrong use; only local rank 0 prints.
     """
-    options, rest = _launch_parser().parse_known_args(argv)
+    options, rest = _launch_parser(program).parse_known_args(argv)
     with contextlib.ExitStack() as stack:
         if options.local_rank > 0:
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
             stack.enter_context(contextlib.redirect_stderr(silence))
-        parser = _config_parser()
-        config = _build(parser, rest)
+        parser = _config_parser(kind, program, purpose)
+        config = _build(parser, kind, rest)
         return config, LaunchArguments(deepspeed=_deepspeed_file(parser, options), local_rank=options.local_rank)
 
 
@@ -79,18 +81,18 @@ class _OneLineParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line to stderr and exit with status 2."""
-        _fail(self._with_hint(message))
+        _fail(self.prog, self._with_hint(message))
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Return the help of every key, and of the launcher's arguments."""
-        return f"{super().format_help(*args, **kwargs)}\n{_launch_parser().format_help()}"
+        return f"{super().format_help(*args, **kwargs)}\n{_launch_parser(self.prog).format_help()}"
 
     def _with_hint(self, message: str) -> str:
         for pattern in _UNKNOWN_KEY:
             if match := pattern.search(message):
                 key = ".".join(match.groupdict().values())
                 nearest = self._nearest(key)
-                hint = f"; did you mean --{nearest}?" if nearest else f"; see {_PROGRAM} --help"
+                hint = f"; did you mean --{nearest}?" if nearest else f"; see {self.prog} --help"
                 return f"there is no key {key}{hint}"
         if message.startswith("Unexpected config:"):
             return "a recipe (--config) must hold keys, as those in launch/recipes; it is empty or a list"
@@ -108,16 +110,16 @@ class _OneLineParser(ArgumentParser):
 
 class _LaunchParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        _fail(message)
+        _fail(self.prog, message)
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"{_PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(program: str, message: str) -> NoReturn:
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def _launch_parser() -> argparse.ArgumentParser:
-    parser = _LaunchParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+def _launch_parser(program: str) -> argparse.ArgumentParser:
+    parser = _LaunchParser(prog=program, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     group = parser.add_argument_group("Launching")
     group.add_argument("--deepspeed", nargs="?", const="", metavar="FILE.json", help="DeepSpeed JSON (default: none)")
     group.add_argument("--deepspeed_config", metavar="FILE.json", help="the same, after a bare --deepspeed")
@@ -132,21 +134,21 @@ def _launch_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config_parser() -> _OneLineParser:
+def _config_parser(kind: type[Config], program: str, purpose: str) -> _OneLineParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _OneLineParser(prog=_PROGRAM, usage=_USAGE, allow_abbrev=False, description="Pretrain SIMLA.")
+    parser = _OneLineParser(prog=program, usage=_USAGE % program, allow_abbrev=False, description=purpose)
     parser.add_argument("--config", action="config", help="Recipe (YAML); may be given several times, later ones win.")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(kind)
     return parser
 
 
-def _build(parser: _OneLineParser, argv: list[str]) -> Config:
+def _build(parser: _OneLineParser, kind: type[C], argv: list[str]) -> C:
     try:
         values = parser.parse_args(_recipes_first(argv))
-        if (problem := _empty_key(Config, values)) is not None:
+        if (problem := _empty_key(kind, values)) is not None:
             raise ValueError(f"{problem}; see launch/recipes for an example, or leave out its line")
         built = parser.instantiate(values)
-        return Config(**{item.name: built[item.name] for item in fields(Config)})
+        return kind(**{item.name: built[item.name] for item in fields(kind)})
     except UnicodeDecodeError as error:
         parser.error(f"a recipe (--config) is not UTF-8 text: {error}")
     except ValueError as error:  # a dataclass refused its values

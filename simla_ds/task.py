@@ -25,6 +25,9 @@ from simla_ds.types import Batch, ContrastKeys, Features, Outputs, Request, Step
 class PretrainTask(nn.Module):
     """Student, teacher and objectives. Only the student is a submodule: the engine must not see the teacher."""
 
+    counted = ("label_count", "masked_count")
+    """What of a batch the trainer replaces by its mean over ranks and micro-steps, unless `official`."""
+
     def __init__(self, model: Simla, teacher: Teacher, queue: FeatureQueue, config: Config):
         super().__init__()
         self.model = model
@@ -69,7 +72,7 @@ class PretrainTask(nn.Module):
             "queue_rows": {
                 "image_feature": features.teacher.image_feature,
                 "text_feature": features.teacher.text_feature,
-                "image_id": batch["image_id"],
+                "image_id": None if self._forgets_ids else batch["image_id"],
             },
             "monitor": self._monitor(features),
         }
@@ -93,8 +96,10 @@ class PretrainTask(nn.Module):
 
     def contrast_keys(self, teacher: Features, batch: Batch) -> ContrastKeys:
         """Return what the student's features are compared with."""
-        temperature = self.model.temperature()
-        return contrast_keys(teacher, batch, temperature, self.queue, official=self.config.official)
+        temperature, positives = self.model.temperature(), self.config.objectives.itc.positives
+        return contrast_keys(
+            teacher, batch, temperature, self.queue, official=self.config.official, positives=positives
+        )
 
     def outputs(self, batch: Batch, features: StepFeatures, objectives: dict[str, Objective]) -> dict[str, Outputs]:
         """Collect every objective's requests and run them."""
@@ -114,6 +119,11 @@ class PretrainTask(nn.Module):
                 done = self.passes.run(network, [requests[number] for number in numbers])
             results.update(zip(numbers, done, strict=True))
         return [results[number] for number in range(len(requests))]
+
+    @property
+    def _forgets_ids(self) -> bool:
+        """Published retrieval matches queued ids but never writes them (ALBEF's does)."""
+        return self.config.official and self.config.objectives.itc.positives == "image"
 
     def _weight(self, name: str) -> float:
         return getattr(self.config.objectives, name).weight

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from simla_ds.model.simla import Simla
+from simla_ds.model.network import Network
 from simla_kernels import ema_update_
 
 NUMBERS_AT_ONCE = 2**24
 """Student numbers that wait to be averaged in one go (64 MiB): a source may gather what it gives out."""
+
+
+N = TypeVar("N", bound=Network)
 
 
 class ParameterSource(Protocol):
@@ -40,14 +43,14 @@ class ModuleSource:
             yield name, parameter.detach()
 
 
-class Teacher:
+class Teacher(Generic[N]):
     """A copy of the student that follows it: theta_m <- m theta_m + (1 - m) theta.
 
     `master` is float32: in bfloat16 a momentum of .995 would round every small step away. `module` computes in the
     training dtype and is refreshed from the master. It is no submodule of what DeepSpeed wraps.
     """
 
-    def __init__(self, student: Simla, *, dropout: bool, dtype: torch.dtype = torch.float32):
+    def __init__(self, student: N, *, dropout: bool, dtype: torch.dtype = torch.float32):
         self.module = copy.deepcopy(student)
         self.module.requires_grad_(False)
         self.module.set_activation_checkpointing(False)  # nothing is differentiated, nothing is worth recomputing
@@ -62,7 +65,7 @@ class Teacher:
         for name, parameter in self.module.named_parameters():
             parameter.data = self.master[name] if dtype == torch.float32 else self.master[name].to(dtype)
 
-    def to(self, device: torch.device | str) -> Teacher:
+    def to(self, device: torch.device | str) -> Teacher[N]:
         """Move to a device and return self."""
         self.module.to(device)
         self.master = {name: value.to(device) for name, value in self.master.items()}

@@ -91,13 +91,14 @@ class ContrastKeys:
     text: Tensor
     """(G, E)"""
     image_id: Tensor | None
-    """(G,) int64: another key of an equal id is neither positive nor negative; None when official: every key counts."""
+    """(G,) int64: another key of an equal id is neither positive nor negative, or (itc.positives image) right as well;
+    None when it counts as wrong: official pretraining."""
     queue_image: Tensor
     """(Q, E) float32, the filled rows of the queue, as views."""
     queue_text: Tensor
     """(Q, E)"""
     queue_id: Tensor | None
-    """(Q,) int64; None when official."""
+    """(Q,) int64; None likewise."""
     first: int
     """Row b's own key is first + b."""
     temperature: Tensor

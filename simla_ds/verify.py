@@ -43,8 +43,10 @@ LOSS_NAMES = {"ita": "itc", "itm": "itm", "mlm": "mlm", "mim": "xmm", "psl": "ps
 
 QUEUE_NAMES = {"image_queue": "image", "text_queue": "text"}
 
-REQUIRED = ("model", "special", "batch", "adamw", "grad_norm_names", "runs")
-"""What config.json must hold for a step to be run again."""
+REQUIRED = ("model", "special", "grad_norm_names")
+"""What config.json must hold for a step to be run again; a pretraining step also PRETRAINING, others their alpha."""
+
+PRETRAINING = ("batch", "adamw", "runs")
 
 NOISE = 1e-6
 """A gradient below this share of the file's largest one is rounding noise around a true zero (attention's key biases;
@@ -83,12 +85,15 @@ def verify_reference(
         json_out: where to write the comparisons, if anywhere.
 
     Raises:
-        ValueError: the folder is no recording of a pretraining step.
+        ValueError: the folder is no recording that verify knows.
     """
+    from simla_ds.verify_tasks import RecordedTaskStep  # which builds on this module
+
     description = _read_description(folder)
+    kind = RecordedStep if description["kind"] == "pretrain_step" else RecordedTaskStep
     rows: list[tuple[str, Comparison]] = []
     for file, run in description["runs"].items():
-        step = RecordedStep(folder, description, alpha=float(run["alpha"]), passes=passes)
+        step = kind(folder, description, alpha=float(run["alpha"]), passes=passes)
         expected = load_file(folder / file)
         rows += [(file, c) for c in step.compare(expected, loss_tolerance, tolerance)]
     _print_table(rows)
@@ -105,11 +110,16 @@ def _read_description(folder: Path) -> dict[str, Any]:
         description = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ValueError(f"{folder} is no recording: config.json is no JSON ({error})") from None
+    from simla_ds.verify_tasks import KINDS
+
     kind = description.get("kind", "pretrain_step") if isinstance(description, dict) else type(description).__name__
-    if kind != "pretrain_step":
-        raise ValueError(f"{folder} records a step of '{kind}'; verify knows 'pretrain_step'")
-    if absent := [key for key in REQUIRED if key not in description]:
-        raise ValueError(f"{folder} is no recording of a pretraining step: config.json lacks {', '.join(absent)}")
+    if kind not in ("pretrain_step", *KINDS):
+        known = ", ".join(f"'{name}'" for name in ("pretrain_step", *KINDS))
+        raise ValueError(f"{folder} records a step of '{kind}'; verify knows {known}")
+    needed = (*REQUIRED, *(PRETRAINING if kind == "pretrain_step" else ("alpha",)))
+    if absent := [key for key in needed if key not in description]:
+        raise ValueError(f"{folder} is no recording of a '{kind}' step: config.json lacks {', '.join(absent)}")
+    description = {"runs": {"expected.safetensors": {"alpha": description.get("alpha")}}, **description, "kind": kind}
     if absent := [file for file in description["runs"] if not (folder / file).is_file()]:
         raise ValueError(f"{folder} is no whole recording: {', '.join(absent)} missing, which config.json's runs name")
     return description
@@ -152,7 +162,7 @@ def recorded_config(description: dict[str, Any], passes: Literal["fast", "plain"
         model=model,
         objectives=objectives,
         teacher=TeacherConfig(momentum=description.get("momentum", sizes["momentum"])),
-        train=TrainConfig(batch_size=description["batch"], passes=passes),
+        train=TrainConfig(batch_size=description.get("batch", TrainConfig.batch_size), passes=passes),
     )
 
 
@@ -183,12 +193,14 @@ class RecordedStep:
         self.details = details(self.task, self.batch, result["features"], result["outputs"])
         self.queue.push(**result["queue_rows"])
         self.temperature = self.model.temperature().detach().clone()  # `after` is recorded before the optimizer step
-        self.gradients = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in self.model.named_parameters()
-        }
+        self.gradients = self._gradients()
         adamw = self.description["adamw"]
         groups = parameter_groups(self.model, adamw["weight_decay"], official=True)
         torch.optim.AdamW(groups, lr=adamw["lr"], betas=(0.9, 0.999), eps=1e-8).step()
+
+    def _gradients(self) -> dict[str, Tensor]:
+        parameters = self.model.named_parameters()
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters}
 
     def compare(self, expected: dict[str, Tensor], loss_tolerance: float, tolerance: float) -> list[Comparison]:
         """Compare with a file of expected tensors; a recorded name that nothing computes is an error."""

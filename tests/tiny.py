@@ -1,6 +1,7 @@
 """A model small enough to run in milliseconds, with weights large enough that every part of it matters."""
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from simla_ds.task import PretrainTask
 from simla_ds.teacher import Teacher
 from simla_ds.types import Batch
 
+M = TypeVar("M", bound=nn.Module)
 QUEUE = 8
 VISION = VisionConfig(image_size=24, patch_size=8, width=32, layers=2, heads=4)  # 3 x 3 patches
 STREAM = StreamConfig(layers=2, width=32, heads=4, intermediate_size=48, max_positions=40, dropout=0.0)
@@ -68,7 +70,7 @@ def run_config(
 
 
 @torch.no_grad()
-def spread_weights(module: nn.Module, seed: int = 0) -> nn.Module:
+def spread_weights(module: M, seed: int = 0) -> M:
     """Draw weights that keep activations of order one (the start values hide mistakes), and return the module."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():

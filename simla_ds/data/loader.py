@@ -11,6 +11,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -107,50 +108,46 @@ def read_pair(files: ShardFiles, maker: PairMaker, shard: int, number: int, seed
     return maker.make(files.shards[shard].key(number), members, sample_generator(seed, index))
 
 
-class PairLoader:
-    """Endless iterator over one rank's training batches.
+class StreamLoader(ABC):
+    """Endless iterator over one rank's training batches, whatever an item is.
 
     `skipped` counts, by reason, the samples that were passed over before the last batch handed out; `retried` the
     fetches of remote shards that failed and were tried again.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, visual_view_size: int, rank: int = 0, world_size: int = 1):
-        """visual_view_size: side in pixels of Batch.visual_view; 0 leaves it out.
+    def __init__(self, config: Config, dataset: Dataset, epoch_size: int, rank: int = 0, world_size: int = 1):
+        """dataset: items by global index; its __getitems__ returns what has `unpack()` (see Chunk).
 
-        Raises ValueError when data.train matches no shards or holds fewer samples than one batch of all ranks.
+        Raises ValueError when an epoch holds fewer samples than one batch of all ranks.
         """
-        files = _open(config, config.data.train, "data.train")
-        shards = files.shards
-        self.retried = files.retried
-        seed = config.train.seed
         self.config, self.rank, self.world_size = config, rank, world_size
-        self.vocabulary = tokenizer.vocabulary
-        # A shard's damage is one skip of the whole run, hence of one rank
-        self.skipped: Counter[str] = Counter(shard.problem for shard in shards if shard.problem and rank == 0)
-        order = EpochOrder([len(shard) for shard in shards], config.data.shuffle_window, seed)
-        self.epoch_size = len(order)
+        self.dataset, self.epoch_size = dataset, epoch_size
         self._check_size()
-        maker = PairMaker(config, tokenizer, visual_view_size, train=True)
-        self.dataset = PairDataset(files, maker, order, seed)
+        self.skipped: Counter[str] = Counter()
+        self.retried = 0
         self._stream = Stream()
         self._element = rank
         """Number in _stream of the next sample that no batch has passed."""
-        self._pending: deque[tuple[int, Pair | Reason]] = deque()
-        self._chunks: Iterator[Chunk] | None = None
+        self._pending: deque[tuple[int, Any]] = deque()
+        self._chunks: Iterator[Any] | None = None
         self._ending = multiprocessing.Event()
         """Set when loader processes may be ended."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    @abstractmethod
+    def collate(self, items: list[Any]) -> Any:
+        """Make a batch of train.batch_size items."""
+
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         """Return the next batch of train.batch_size good samples."""
-        pairs: list[Pair] = []
+        pairs: list[Any] = []
         passed: Counter[str] = Counter()
         in_a_row = 0
         while len(pairs) < self.config.train.batch_size:
             result = self._next_result()
-            if isinstance(result, Pair):
+            if not isinstance(result, str):  # a Reason is
                 pairs.append(result)
                 in_a_row = 0
                 continue
@@ -163,9 +160,7 @@ class PairLoader:
                     f"data.train={self.config.data.train}: none of {in_a_row} samples is usable ({reasons})"
                 )
         self.skipped += passed
-        # captions that are exchanged between ranks must be of one length
-        shared = self.world_size > 1 and self.config.objectives.itm.negatives == "global"
-        return collate(pairs, self.vocabulary, pad_to=self.config.data.max_tokens if shared else 0)
+        return self.collate(pairs)
 
     def local_position(self) -> int:
         """Global index of the first sample of this rank that no batch has passed; what is prefetched does not count."""
@@ -215,7 +210,7 @@ class PairLoader:
         self._ending.set()
         self._chunks = None  # torch's iterator ends its processes when it is dropped
 
-    def _next_result(self) -> Pair | Reason:
+    def _next_result(self) -> Any:
         if self._chunks is None:
             self._chunks = iter(self._data_loader())
         while not self._pending:
@@ -256,6 +251,29 @@ class PairLoader:
                 f"data.train={train} holds {self.epoch_size} samples, fewer than one batch of {batch_size} pairs on "
                 f"{self.world_size} rank(s); set train.batch_size <= {self.epoch_size // self.world_size} or add data"
             )
+
+
+class PairLoader(StreamLoader):
+    """Pretraining's batches, out of the shards of data.train."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, visual_view_size: int, rank: int = 0, world_size: int = 1):
+        """visual_view_size: side in pixels of Batch.visual_view; 0 leaves it out.
+
+        Raises ValueError when data.train matches no shards or holds fewer samples than one batch of all ranks.
+        """
+        files = _open(config, config.data.train, "data.train")
+        order = EpochOrder([len(shard) for shard in files.shards], config.data.shuffle_window, config.train.seed)
+        maker = PairMaker(config, tokenizer, visual_view_size, train=True)
+        super().__init__(config, PairDataset(files, maker, order, config.train.seed), len(order), rank, world_size)
+        self.vocabulary = tokenizer.vocabulary
+        self.retried = files.retried
+        # A shard's damage is one skip of the whole run, hence of one rank
+        self.skipped.update(shard.problem for shard in files.shards if shard.problem and rank == 0)
+
+    def collate(self, items: list[Pair]) -> Batch:
+        """Stack pairs; captions that are exchanged between ranks must be of one length."""
+        shared = self.world_size > 1 and self.config.objectives.itm.negatives == "global"
+        return collate(items, self.vocabulary, pad_to=self.config.data.max_tokens if shared else 0)
 
 
 def eval_batches(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 
 from simla_ds.config import Config
-from simla_ds.data.loader import PairLoader
+from simla_ds.data.loader import PairLoader, StreamLoader
 from simla_ds.data.shards import REMOTE, find_shards
 from simla_ds.data.text import TextTokenizer
-from simla_ds.data.visual_tokens import VisualTokenizer, load_visual_tokenizer
+from simla_ds.data.visual_tokens import load_visual_tokenizer
 from simla_ds.engine.distributed import Ranks, broadcast_object
+from simla_ds.engine.watch import Watch
+from simla_ds.engine.zero_teacher import Engine, EngineSource
 from simla_ds.model.pretrained import initialise
 from simla_ds.model.simla import Simla
 from simla_ds.objectives import FeatureQueue
@@ -36,10 +39,17 @@ class Parts:
 
     config: Config
     """Completed: data paths and vocabularies filled in."""
-    tokenizer: TextTokenizer
-    visual_tokenizer: VisualTokenizer
-    loader: PairLoader
-    task: PretrainTask
+    loader: StreamLoader
+    task: Any
+    """The module that the engine wraps: PretrainTask, or one with the same `model`, `teacher`, `queue`, `counted` and
+    forward."""
+    watch: Callable[[Engine, EngineSource], Any]
+    """Makes what is measured beside the training step (see engine.watch.Watch)."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Texts that belong into model folders, by file name."""
+
+
+Builder = Callable[[Config, Ranks, torch.dtype], Parts]
 
 
 def build(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
@@ -70,7 +80,8 @@ def build(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
     queue = _queue(config).to(ranks.device)
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     task = PretrainTask(model, teacher, queue, config)
-    return Parts(config, tokenizer, visual_tokenizer.to(ranks.device), loader, task)
+    visual_tokenizer.to(ranks.device)
+    return Parts(config, loader, task, lambda e, s: Watch(config, e, task, s, tokenizer, visual_tokenizer))
 
 
 def with_data_paths(config: Config, ranks: Ranks) -> Config:

@@ -90,15 +90,18 @@ class Alarms:
 
     def _symptoms(self, record: dict[str, Any]) -> list[tuple[str, str]]:
         seen, symptoms = record["samples_seen"], []
-        itm, temperature = record.get("loss/itm"), record["temperature"]
+        itm, temperature = record.get("loss/itm"), record.get("temperature")
         low, high = self.ITM_STUCK
         if itm is not None and seen > self.PATIENCE_SAMPLES and low <= itm <= high:
             symptoms.append(("itm_stuck", f"ITM's loss is {itm:.3f} after {seen} pairs: it answers by the base rate"))
-        if not self.model.temperature_min * 1.001 < temperature < self.model.temperature_max * 0.999:
+        if (
+            temperature is not None
+            and not self.model.temperature_min * 1.001 < temperature < self.model.temperature_max * 0.999
+        ):
             symptoms.append(("temperature_at_bound", f"ITC's temperature is at a bound: {temperature:.4f}"))
         for modality in ("image", "text"):
-            spread = record[f"{modality}_feature_spread"]
-            if spread < 0.02 and seen > self.PATIENCE_SAMPLES:
+            spread = record.get(f"{modality}_feature_spread")
+            if spread is not None and spread < 0.02 and seen > self.PATIENCE_SAMPLES:
                 symptoms.append(
                     (f"{modality}_features_collapsed", f"{modality} features are alike: spread {spread:.4f}")
                 )

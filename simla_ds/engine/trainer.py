@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simla_ds.config import Config
-from simla_ds.engine.build import build, describe_environment, library_versions, same_model
+from simla_ds.engine.best import Best
+from simla_ds.engine.build import Builder, build, describe_environment, library_versions, same_model
 from simla_ds.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from simla_ds.engine.checkpoint_folder import prune_checkpoints, read_state
 from simla_ds.engine.deepspeed_config import resolve_deepspeed_config, resolve_precision
@@ -26,10 +27,8 @@ from simla_ds.engine.distributed import Ranks, gather_objects, mean_over_ranks
 from simla_ds.engine.faults import FiniteGuard, StopRequest
 from simla_ds.engine.metrics import Alarms, Metrics, peak_memory_mb
 from simla_ds.engine.optimizer import forget_initial_step, learning_rate, set_learning_rate
-from simla_ds.engine.watch import Watch
 from simla_ds.engine.zero_teacher import EngineSource, clamp_temperature_master
 from simla_ds.hub import save_model_folder
-from simla_ds.model.simla import Simla
 from simla_ds.model.weight_decay import parameter_groups
 from simla_ds.parsing import dump_config
 from simla_ds.types import Batch
@@ -40,7 +39,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Trainer:
     """One run: built whole or not at all, then `fit`."""
 
-    def __init__(self, config: Config, deepspeed_json: str | None, ranks: Ranks):
+    def __init__(self, config: Config, deepspeed_json: str | None, ranks: Ranks, build: Builder = build):
+        """`build` says what is trained: pretraining's (the default) or a downstream task's parts."""
         self.ranks = ranks
         precision = resolve_precision(config.train.precision, ranks.device.type)
         settings = resolve_deepspeed_config(
@@ -50,7 +50,6 @@ class Trainer:
         checkpoint = find_checkpoint(self.output, config.resume, ranks)
         parts = build(config, ranks, DTYPES[precision])
         self.config, self.loader, self.task = parts.config, parts.loader, parts.task
-        self.tokenizer, self.visual_tokenizer = parts.tokenizer, parts.visual_tokenizer
         if checkpoint is not None:
             same_model(self.config, read_state(checkpoint)["model"], checkpoint)
         self.queue, self.teacher = self.task.queue, self.task.teacher
@@ -64,13 +63,14 @@ class Trainer:
         forget_initial_step(self.engine)
         self.source = EngineSource(self.engine)
         self.step = self.samples_before = 0
+        self.best = Best(self.config.eval)
         if checkpoint is not None:
             self._resume(checkpoint)
         if ranks.is_main:
             self._describe_run(precision)
         self.metrics = Metrics(self.output, self.engine.monitor, self.total_steps, self.step, active=ranks.is_main)
         self.alarms = Alarms(self.config)
-        self.watch = Watch(self.config, self.engine, self.task, self.source, self.tokenizer, self.visual_tokenizer)
+        self.watch, self.files = parts.watch(self.engine, self.source), parts.files
         self.window = _Window()
         self.guard = FiniteGuard(self.engine, config.train.max_bad_steps)
         self.stop = StopRequest()
@@ -79,7 +79,7 @@ class Trainer:
         """Train to the last step, then write final/; or, told by a signal, save and return."""
         if self.step == 0:
             self._evaluate()
-        while self.step < self.total_steps:
+        while self.step < self.total_steps and not self.best.stops:
             self._optimizer_step()
             if self._due(self.config.train.log_every):
                 self._log()
@@ -88,13 +88,14 @@ class Trainer:
             if self._due(self.config.eval.every) or self.step == self.total_steps:
                 self._evaluate()
             stop = self.stop.agreed()
-            if self._due(self.config.train.checkpoint_every) or self.step == self.total_steps or stop:
+            ends = self.step == self.total_steps or self.best.stops
+            if self._due(self.config.train.checkpoint_every) or ends or stop:
                 self._checkpoint()
-            if stop and self.step < self.total_steps:
+            if stop and not ends:
                 self.metrics.say(f"stopped by a signal: saved at step {self.step}, --resume auto goes on from there")
                 break
         else:
-            self._write_final()
+            self._write_model("final")
         self.stop.close()
         self.loader.close()
         self.metrics.close()
@@ -121,12 +122,14 @@ class Trainer:
             outputs = self.engine(batch, alpha=self.alpha, step=self.step)
             self.engine.backward(outputs["loss"])
             self.engine.step()  # a no-op until the accumulation boundary
-            self.queue.push(**outputs["queue_rows"])
+            if self.queue.size:
+                self.queue.push(**outputs["queue_rows"])
             self.window.add(outputs)
         bad = self.guard.verdict(self.window.outputs[-self.micro_steps :])
         if bad is None:
             model = self.config.model
-            clamp_temperature_master(self.engine, model.temperature_min, model.temperature_max)
+            if hasattr(self.task.model, "temperature"):
+                clamp_temperature_master(self.engine, model.temperature_min, model.temperature_max)
             if not self.config.official:
                 self.teacher.update(self.source, momentum)
         else:
@@ -150,14 +153,15 @@ class Trainer:
 
         All are fetched before the first forward: MLM and XMM divide by their counts over all ranks and micro-steps.
         """
+        counted = () if self.config.official else self.task.counted
         started = time.monotonic()
         batches = [next(self.loader) for _ in range(self.micro_steps)]
         self.window.data_wait += time.monotonic() - started
-        if not self.config.official:
-            counts = torch.stack([torch.cat([b["label_count"], b["masked_count"]]) for b in batches]).mean(0)
-            counts = mean_over_ranks(counts.to(self.ranks.device))
+        if counted:
+            counts = torch.stack([torch.cat([batch[name] for name in counted]) for batch in batches]).mean(0)
+            counts = mean_over_ranks(counts.to(self.ranks.device)).split(1)
             for batch in batches:
-                batch["label_count"], batch["masked_count"] = counts[:1], counts[1:]
+                batch.update(zip(counted, counts, strict=True))
         return [self.watch.prepare(batch) for batch in batches]
 
     def _learning_rate(self) -> float:
@@ -183,7 +187,7 @@ class Trainer:
             "samples_per_second": pairs / self.window.seconds(),
             "data_wait": self.window.data_wait / max(1, self.window.steps // self.micro_steps),
             "peak_memory_mb": peak_memory_mb(self.ranks.device),
-            "visual_codes_used": self.watch.codes_used(),
+            **self.watch.monitor(),
             "skipped": dict(sum(map(Counter, gather_objects(dict(self.loader.skipped))), Counter())),
             "fetch_retries": sum(gather_objects(self.loader.retried)),
         }
@@ -206,6 +210,15 @@ class Trainer:
         started = time.monotonic()
         record = self._write(self.watch.evaluate())
         self.metrics.say(self.watch.summary(record))
+        if self.best.improves(record):
+            self._write_model("best")
+            if self.ranks.is_main:
+                self.watch.write_predictions(self.output / "best")
+        if self.best.stops:
+            self.metrics.say(
+                f"step {self.step}: no better {self.best.metric} than {self.best.value:.4f} (step {self.best.step}) in "
+                f"{self.best.patience} evaluations (eval.patience): the run ends"
+            )
         self.window.pause(time.monotonic() - started)
 
     def _checkpoint(self) -> None:
@@ -218,6 +231,7 @@ class Trainer:
             "zero_stage": self.zero_stage,
             "versions": library_versions(),
             "config": asdict(self.config),
+            "best": self.best.state_dict(),
         }
         folder = self.output / "checkpoints"
         save_checkpoint(folder, self.engine, self.teacher, self.queue, state, self.ranks)
@@ -235,6 +249,8 @@ class Trainer:
                 -max(0, self.config.train.samples - self.samples_seen) // self.global_batch
             )
         self.loader.load_state(state["data"])
+        if "best" in state:
+            self.best.load_state_dict(state["best"])
         self.ranks.say(f"resumed from {path} at step {self.step} of {self.total_steps}")
         now = {"world_size": self.ranks.world_size, "zero_stage": self.zero_stage}
         if changed := [f"{name} {state[name]} -> {value}" for name, value in now.items() if state[name] != value]:
@@ -254,25 +270,26 @@ class Trainer:
             f"{self.config.objectives.fidelity}; output {self.output}"
         )
 
-    def _write_final(self) -> None:
-        """Write final/ (student) and final/teacher, as model folders; all ranks gather, the main one writes."""
-        student = {name: value.to("cpu", copy=True) for name, value in self.source.fp32_parameters()}
+    def _write_model(self, name: str) -> None:
+        """Write NAME/ (student) and NAME/teacher, as model folders; all ranks gather, the main one writes."""
+        student = {key: value.to("cpu", copy=True) for key, value in self.source.fp32_parameters()}
         if self.ranks.is_main:
             networks = []
             for state in (student, self.teacher.state_dict()):
-                network = Simla(self.config.model)
+                network = type(self.task.model)(self.config.model)
                 with torch.no_grad():
-                    for name, parameter in network.named_parameters():
-                        parameter.copy_(state[name])
+                    for parameter_name, parameter in network.named_parameters():
+                        parameter.copy_(state[parameter_name])
                 networks.append(network)
             save_model_folder(
                 networks[0],
-                self.output / "final",
+                self.output / name,
                 Path(self.config.data.tokenizer),
                 {"step": self.step, "samples_seen": self.samples_seen},
                 teacher=networks[1],
                 max_words=self.config.data.max_words,
                 max_tokens=self.config.data.max_tokens,
+                files=self.files,
             )
         dist.barrier()
 

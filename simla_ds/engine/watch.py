@@ -6,18 +6,17 @@ and one backward per micro-batch.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from simla_ds.config import Config
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.visual_tokens import VisualTokenizer
-from simla_ds.engine.zero_teacher import EngineSource
+from simla_ds.engine.zero_teacher import Engine, EngineSource
 from simla_ds.evaluation import HeldOut
-from simla_ds.model.simla import Simla
 from simla_ds.task import PretrainTask
 from simla_ds.types import Batch
 
@@ -28,7 +27,7 @@ class Watch:
     def __init__(
         self,
         config: Config,
-        engine: DeepSpeedEngine,
+        engine: Engine,
         task: PretrainTask,
         source: EngineSource,
         tokenizer: TextTokenizer,
@@ -51,15 +50,15 @@ class Watch:
             self.seen_codes.index_fill_(0, moved["visual_ids"].flatten(), True)
         return moved
 
-    def codes_used(self) -> float:
+    def monitor(self) -> dict[str, float]:
         """Return the share of visual codes that have occurred since the start."""
-        return float(self.seen_codes.float().mean())
+        return {"visual_codes_used": float(self.seen_codes.float().mean())}
 
     def evaluate(self) -> dict[str, float]:
         """Return `eval/student/...` and `eval/teacher/...`; every rank must call it."""
         if self.held_out is None:
             raise RuntimeError("there are no held-out pairs to evaluate on")
-        teacher, student = self.task.teacher, self._plain_student()
+        teacher, student = self.task.teacher, plain_student(self.task, self.engine, self.source)
         record = {}
         for role, network in (("student", student), ("teacher", teacher.module)):
             measures = self.held_out.measure(network, teacher)
@@ -74,6 +73,9 @@ class Watch:
         recall = " ".join(f"{k} {v:.1f}" for k, v in get.items() if k.endswith("/r1"))
         return f"step {record['step']} held out | {losses} | {recall}"
 
+    def write_predictions(self, folder: Path) -> None:
+        """Write nothing: held-out pairs have measures, but no predictions to look at."""
+
     def gradient_shares(self, batch: Batch, alpha: float) -> dict[str, float]:
         """Return each objective's share of the summed gradient norms at two places.
 
@@ -81,7 +83,7 @@ class Watch:
         entering the stream's last layer, in every fused pass. Measured on the given batch, with the objectives'
         weights.
         """
-        student = self._plain_student()
+        student = plain_student(self.task, self.engine, self.source)
         task = PretrainTask(student, self.task.teacher, self.task.queue, self.config)
         fused: list[tuple[Tensor, Tensor]] = []
 
@@ -120,14 +122,15 @@ class Watch:
         ]
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
-    def _plain_student(self) -> Simla:
-        """Return the student as a module without DeepSpeed's hooks: at ZeRO-3 a gathered copy, else the model."""
-        if self.engine.zero_optimization_stage() < 3:
-            return self.task.model
-        copy = Simla(self.config.model).to(self.device)
-        with torch.no_grad():
-            parameters = dict(copy.named_parameters())
-            for name, value in self.source.fp32_parameters():
-                parameters[name].copy_(value)
-        copy.to(self.task.teacher.dtype)
-        return copy.train(self.task.model.training)
+
+def plain_student(task: Any, engine: Engine, source: EngineSource) -> Any:
+    """Return the student without DeepSpeed's hooks: at ZeRO-3 a gathered copy (collective), else itself."""
+    model = task.model
+    if engine.zero_optimization_stage() < 3:
+        return model
+    copy, device = type(model)(model.config).to(engine.device), engine.device
+    with torch.no_grad():
+        parameters = dict(copy.named_parameters())
+        for name, value in source.fp32_parameters():
+            parameters[name].copy_(value.to(device))
+    return copy.to(task.teacher.dtype).train(model.training)

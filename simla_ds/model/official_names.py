@@ -32,6 +32,7 @@ _RULES = [
     (r"^text_proj\.", "text_projection."),
     (r"^mim_head\.", "visual_head."),
     (r"^itm_head\.", "match_head."),
+    (r"^cls_head\.", "head."),
     (r"^temp$", "temperature.value"),
 ]
 
@@ -40,6 +41,9 @@ ALIASES = (
     "text_encoder.cls.predictions.decoder.bias",
     "text_encoder.bert.embeddings.position_ids",
     "text_encoder.embeddings.position_ids",
+    "text_decoder.cls.predictions.decoder.weight",
+    "text_decoder.cls.predictions.decoder.bias",
+    "text_decoder.bert.embeddings.position_ids",
 )
 """Saved twice, or no parameter at all."""
 
@@ -59,6 +63,8 @@ class PublishedState:
 
 def our_name(official: str) -> str:
     """Translate a published student parameter name into this project's."""
+    if official.startswith("text_decoder."):  # VQA's: named like a pretraining model's text encoder
+        return re.sub(r"^stream\.", "decoder.", our_name(official.replace("text_decoder.", "text_encoder.", 1)))
     for pattern, replacement in _RULES:
         official = re.sub(pattern, replacement, official)
     return official

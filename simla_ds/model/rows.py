@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simla_kernels import cross_attention, cross_attention_varlen
@@ -28,6 +29,8 @@ class Rows:
     mask: Tensor | None = None
     """(R, L) bool, True at slots that may be attended to (a kept slot may be hidden); None: every kept one. Where rows
     are packed, a row's hidden slots stand behind its visible ones."""
+    causal: bool = False
+    """Whether a slot sees itself and those before it only, as in a decoder."""
 
     @classmethod
     def dense(cls, x: Tensor, mask: Tensor | None = None) -> Rows:
@@ -35,9 +38,9 @@ class Rows:
         return cls(x.shape[0], x.shape[1], mask=mask)
 
     @classmethod
-    def of(cls, mask: Tensor, index: Tensor | None = None) -> Rows:
+    def of(cls, mask: Tensor, index: Tensor | None = None, *, causal: bool = False) -> Rows:
         """Return the rows of a (R, L) mask, packed by the flat positions of the kept slots, or with all of them."""
-        return cls(mask.shape[0], mask.shape[1], index, mask)
+        return cls(mask.shape[0], mask.shape[1], index, mask, causal)
 
     @classmethod
     def join(cls, parts: Sequence[Rows]) -> Rows:
@@ -81,7 +84,8 @@ class Rows:
 
     def take(self, slots: Tensor) -> Rows:
         """Return the same rows with nothing but some of the kept slots, (Q,) ascending: those that ask."""
-        return Rows(self.count, self.width, slots if self.index is None else self.index.index_select(0, slots))
+        index = slots if self.index is None else self.index.index_select(0, slots)
+        return Rows(self.count, self.width, index, causal=self.causal)
 
     def pack(self, x: Tensor) -> Tensor:
         """(R, L, ...) to (T, ...)."""
@@ -112,9 +116,14 @@ def attend(
     Returns:
         (Tq, H, d).
     """
-    if len(q) and _by_length(q.device, queries, keys):
+    if len(q) and not keys.causal and _by_length(q.device, queries, keys):
         return _attend_by_length(q, k, v, queries, keys, key_row, dropout_p)
     asked, answering, answer = (rows.pad(x).transpose(1, 2) for rows, x in ((queries, q), (keys, k), (keys, v)))
+    if keys.causal:  # answers of a few tokens: the kernel knows no such mask, and nothing would be gained
+        visible = torch.ones(keys.width, keys.width, dtype=torch.bool, device=q.device).tril()
+        visible = visible if keys.mask is None else visible & keys.mask[:, None, None]
+        out = F.scaled_dot_product_attention(asked, answering, answer, visible, dropout_p)
+        return queries.pack(out.transpose(1, 2))
     out = cross_attention(asked, answering, answer, keys.mask, key_row, dropout_p)
     assert isinstance(out, Tensor)  # a pair only where the weights are asked for
     return queries.pack(out.transpose(1, 2))

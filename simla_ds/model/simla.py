@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from simla_ds.config import ModelConfig
 from simla_ds.model.heads import Classifier, LanguageHead, Temperature
+from simla_ds.model.network import Network
 from simla_ds.model.stream import Stream
 from simla_ds.model.vision import ImageEncoder
 from simla_ds.types import Features
@@ -17,12 +18,13 @@ EXPECTED_KEYWORDS = 5
 """Keywords of a caption that the concept head expects before training."""
 
 
-class Simla(nn.Module):
+class Simla(Network):
     """The network of student and teacher alike. B pairs, L tokens, N = patches + 1, D width, E projection size."""
 
+    task = "pretrain"
+
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         vocabulary, width, projection = config.vocabulary, config.stream.width, config.projection_size
         if vocabulary.size < 1 or vocabulary.visual_size < 1:
             raise ValueError(
@@ -41,10 +43,6 @@ class Simla(nn.Module):
         # first thousands of steps go into pushing every bias down, and the teacher suggests every word meanwhile.
         nn.init.constant_(self.concept_head.bias, -math.log(vocabulary.size / EXPECTED_KEYWORDS))
         self.temperature = Temperature(config)
-
-    def set_activation_checkpointing(self, on: bool) -> None:
-        """Recompute activations in backward (less memory, more time)."""
-        self.image_encoder.activation_checkpointing = self.stream.activation_checkpointing = on
 
     def image_feature(self, image_tokens: Tensor) -> Tensor:
         """(B, N, D) image tokens to (B, E) float32 unit vectors."""

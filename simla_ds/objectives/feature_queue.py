@@ -44,21 +44,22 @@ class FeatureQueue:
         return self.image[: self.filled], self.text[: self.filled], self.image_id[: self.filled]
 
     @torch.no_grad()
-    def push(self, image_feature: Tensor, text_feature: Tensor, image_id: Tensor) -> None:
+    def push(self, image_feature: Tensor, text_feature: Tensor, image_id: Tensor | None) -> None:
         """Store this micro-batch's teacher features (B, E), (B, E) and ids (B,), of all ranks in global order.
 
         Oldest rows are overwritten; the batch need not divide the queue. Of a batch larger than the queue the last
-        rows stay.
+        rows stay. Without ids (published retrieval) those of the overwritten rows stay.
         """
         if self.size == 0:
             return
-        image, text, ids = (gather_rows(t)[-self.size :] for t in (image_feature, text_feature, image_id))
+        image, text = (gather_rows(t)[-self.size :] for t in (image_feature, text_feature))
         count = image.shape[0]
         rows = (torch.arange(count, device=self.image.device) + self.pointer) % self.size
         # what is not finite would spoil every step until it is overwritten: a zero vector is nobody's neighbour
         self.image.index_copy_(0, rows, image.float().nan_to_num(0, 0, 0))
         self.text.index_copy_(0, rows, text.float().nan_to_num(0, 0, 0))
-        self.image_id.index_copy_(0, rows, ids)
+        if image_id is not None:
+            self.image_id.index_copy_(0, rows, gather_rows(image_id)[-self.size :])
         self.pointer = (self.pointer + count) % self.size
         self.filled = min(self.size, self.filled + count)
 

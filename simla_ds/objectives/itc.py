@@ -5,23 +5,34 @@ B pairs, G keys of the batch (all ranks when corrected, this rank's when officia
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from simla_ds.objectives.base import Objective
 from simla_ds.objectives.collectives import gather_by_rank, rank
 from simla_ds.objectives.feature_queue import FeatureQueue
+from simla_ds.objectives.soft_targets import soft_target_cross_entropy
 from simla_ds.types import Batch, ContrastKeys, Features, Outputs, Request, StepFeatures
 from simla_kernels import contrastive_loss
 
 
 def contrast_keys(
-    teacher: Features, batch: Batch, temperature: Tensor, queue: FeatureQueue, *, official: bool, alone: bool = False
+    teacher: Features,
+    batch: Batch,
+    temperature: Tensor,
+    queue: FeatureQueue,
+    *,
+    official: bool,
+    alone: bool = False,
+    positives: Literal["pair", "image"] = "pair",
 ) -> ContrastKeys:
     """Collect the teacher's features that the student's are compared with; temperature is (1,) float32.
 
-    alone: this rank's only, where every rank has the same batch (evaluation).
+    alone: this rank's only, where every rank has the same batch (evaluation). positives: as itc.positives.
     """
+    with_ids = positives == "image" or not official
     image, text, ids = teacher.image_feature, teacher.text_feature, batch["image_id"]
     count, first = image.shape[0], 0
     queue_image, queue_text, queue_id = queue.keys()
@@ -31,10 +42,10 @@ def contrast_keys(
     return ContrastKeys(
         image=image,
         text=text,
-        image_id=None if official else ids,
+        image_id=ids if with_ids else None,
         queue_image=queue_image,
         queue_text=queue_text,
-        queue_id=None if official else queue_id,
+        queue_id=queue_id if with_ids else None,
         first=first,
         temperature=temperature,
     )
@@ -68,6 +79,8 @@ class ImageTextContrast(Objective):
     def loss(self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float) -> Tensor:
         """Return the mean of the two directions' mean soft cross-entropies."""
         student, keys = features.student, features.keys
+        if self.config.itc.positives == "image":
+            return self._loss_by_image(batch, features, alpha)
         loss, *_ = contrastive_loss(
             student.image_feature,
             student.text_feature,
@@ -82,6 +95,23 @@ class ImageTextContrast(Objective):
             keys.first,
         )
         return loss
+
+    def _loss_by_image(self, batch: Batch, features: StepFeatures, alpha: float) -> Tensor:
+        """The same with all captions of a picture right, evenly: the fused contrast knows one positive a row.
+
+        Fine-tuning's batches are small enough to make the (B, G + Q) matrices.
+        """
+        keys = features.keys
+        if keys.image_id is None or keys.queue_id is None:
+            raise ValueError("itc.positives=image needs the keys' ids")
+        right = (batch["image_id"][:, None] == torch.cat([keys.image_id, keys.queue_id])[None]).float()
+        hard = right / right.sum(1, keepdim=True)
+        with torch.no_grad():
+            teacher = similarities(features.teacher, keys)
+        return sum(
+            soft_target_cross_entropy(mine, alpha * theirs.softmax(-1) + (1 - alpha) * hard) / 2
+            for mine, theirs in zip(similarities(features.student, keys), teacher, strict=True)
+        )  # pyright: ignore[reportReturnType]  a sum of tensors is one
 
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Entropy of the teacher's distribution (nats), and how often the own pair is the most similar key."""

@@ -99,9 +99,12 @@ class ImageTextMatching(Objective):
         return student.text_feature @ images.T / keys.temperature, student.image_feature @ texts.T / keys.temperature
 
     def _allowed(self, batch: Batch) -> Tensor:
-        """Return (B, G) bool: candidates that are not the pair's own picture (official: not the pair itself)."""
+        """Return (B, G) bool: candidates that are not the pair's own picture.
+
+        Official pretraining forbids the pair itself only; fine-tuning (itc.positives image) is right in both.
+        """
         ids = batch["image_id"]
-        if self.official:
+        if self.official and self.config.itc.positives == "pair":
             return ~torch.eye(ids.shape[0], dtype=torch.bool, device=ids.device)
         return ids[:, None] != (gather_rows(ids) if self._global else ids)[None]
 

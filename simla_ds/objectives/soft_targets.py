@@ -23,6 +23,11 @@ def distilled(teacher: Classifier, hidden: Tensor | None, labels: Tensor, alpha:
     return loss
 
 
+def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over rows of -sum_j targets_j log softmax_j(logits); both (N, K) float32."""
+    return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+
+
 def per_target(total: Tensor, count: Tensor) -> Tensor:
     """Divide a summed loss by (1,) targets; a batch without any has the loss 0, not NaN."""
     return (total / count.clamp(min=1e-6)).squeeze()

@@ -276,6 +276,7 @@ def test_training_goes_on_over_a_deliberately_broken_data_set(tmp_path, workers,
     source.close()
     assert Counter(batch["sample_id"].tolist()) == Counter(stable_hash(key) for key in usable)
     assert source.skipped <= reasons  # some bad ones may follow the last good one
+    assert isinstance(source.dataset, PairDataset)
     epoch = source.dataset.__getitems__(list(range(source.epoch_size)))
     of_shards = Counter({"shard truncated": 1, "shard empty": 2, "shard unreadable": 1})
     assert Counter(result for _, result in epoch.results if isinstance(result, str)) + of_shards == reasons

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from simla_ds.data.loader import PairDataset
 from simla_ds.data.remote import ShardCache, open_shards
 from simla_ds.data.shards import ShardFiles, find_shards, open_shard, write_shards
 from tests.data.loopback import serving
@@ -83,6 +84,7 @@ def test_the_cache_stays_within_its_limit(shards, tmp_path, monkeypatch):
     limit = 3 * max(sizes)
     with serving(shards) as (address, faults):
         source = remote(address + NAMES, tmp_path, monkeypatch, gigabytes=limit / 1e9)
+        assert isinstance(source.dataset, PairDataset)
         source.dataset.files.keep_open = 1
         found = []
         for _ in range(22):

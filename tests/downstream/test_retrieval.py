@@ -207,7 +207,7 @@ def test_the_programme_prints_a_table_and_writes_json(model_folder, annotations,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--task", "vqa", "--annotations", "x"], "vqa is not there yet"),
+        (["--task", "retrieval", "--annotations", "x", "--inputs", "text"], "are not for retrieval"),
         (["--task", "retrieval", "--annotations", "nowhere.json"], "nowhere.json"),
         (["--task", "retrieval", "--data", "nowhere"], "matches no shards"),
         (["--task", "retrieval", "--data", "nowhere", "--weights", "teacher"], "has no teacher weights"),

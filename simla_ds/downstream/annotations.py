@@ -1,0 +1,132 @@
+"""Annotation files: a JSON list of entries, checked whole before anything runs, and the pictures they name."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from simla_ds.data.shards import ShardFiles
+
+SHOWN = 20
+"""Problems told at once."""
+
+Entry = dict[str, Any]
+
+
+class Pictures(Protocol):
+    """Where the pictures that entries name are found."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a picture."""
+        ...
+
+    def members(self, name: str) -> Mapping[str, bytes | None]:
+        """Return the picture's bytes by extension, as data.sample.read_picture takes them. Raises OSError."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderPictures:
+    """Files under a folder."""
+
+    root: Path
+
+    def has(self, name: str) -> bool:
+        """Whether the file is there."""
+        return (self.root / name).is_file()
+
+    def members(self, name: str) -> Mapping[str, bytes | None]:
+        """Return the file's bytes; the format is told by the bytes."""
+        return {"png": (self.root / name).read_bytes()}
+
+
+@dataclass
+class ShardPictures:
+    """Samples of shards, by key or key.jpg."""
+
+    files: ShardFiles
+    places: Mapping[str, tuple[int, int]]
+    """Shard and number of each key."""
+
+    def has(self, name: str) -> bool:
+        """Whether a sample has this key."""
+        return self._key(name) in self.places
+
+    def members(self, name: str) -> Mapping[str, bytes | None]:
+        """Return the sample's files."""
+        return self.files.read(*self.places[self._key(name)])
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return name.removesuffix(".jpg")
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The entries of one split and their pictures."""
+
+    source: str
+    """For messages."""
+    entries: Sequence[Entry]
+    pictures: Pictures
+
+
+class BadAnnotations(ValueError):
+    """Everything that is wrong with an annotation file, a line each."""
+
+    def __init__(self, source: str, problems: list[str]):
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        lines = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
+        super().__init__(f"{source}: {len(problems)} problem(s){lines}{more}")
+        self.problems = problems
+
+
+def read_annotations(file: Path, image_root: Path | None) -> Annotations:
+    """Read a JSON list of objects. ValueError when the file is none; its entries are not checked here."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        kind = type(entries).__name__ if not isinstance(entries, list) else "list with other things"
+        raise ValueError(f"{file} must hold a list of entries (JSON objects), not one {kind}")
+    if not entries:
+        raise ValueError(f"{file} holds no entries")
+    return Annotations(str(file), entries, FolderPictures(image_root or file.parent))
+
+
+def check_annotations(
+    annotations: Annotations,
+    pictures_of: Callable[[Entry], Sequence[str]],
+    problems_of: Callable[[Entry], Iterator[str]],
+    identity: Callable[[Entry], Hashable | None],
+) -> None:
+    """Check every entry: its keys (problems_of), its pictures, and that no identity (None: it has none) is there twice.
+
+    Raises BadAnnotations with all that was found.
+    """
+    problems, names = [], Counter()
+    for number, entry in enumerate(annotations.entries):
+        wrong = list(problems_of(entry))
+        if not wrong:
+            missing = [name for name in pictures_of(entry) if not annotations.pictures.has(name)]
+            wrong = [f"picture {name} is missing" for name in missing]
+            if (name := identity(entry)) is not None:
+                names[name] += 1
+                wrong += [f"id {name} is there twice"] if names[name] == 2 else []
+        problems += [f"entry {number}: {problem}" for problem in wrong]
+    if problems:
+        raise BadAnnotations(annotations.source, problems)
+
+
+def wrong_text(entry: Entry, *keys: str) -> Iterator[str]:
+    """Say which of some keys is missing or holds no text."""
+    for key in keys:
+        if key not in entry:
+            yield f"key {key!r} is missing"
+        elif not isinstance(entry[key], str):
+            yield f"key {key!r} must hold text, not {json.dumps(entry[key])[:40]}"

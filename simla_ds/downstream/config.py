@@ -1,0 +1,64 @@
+"""What can be set when fine-tuning: pretraining's keys, with other defaults and a few of a task's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from simla_ds.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ObjectivesConfig,
+    OptimConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+
+TaskName = Literal["retrieval", "grounding", "vqa", "nlvr2", "snli_ve"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneData(DataConfig):
+    """Where a task's examples come from."""
+
+    image_root: str = ""
+    """Folder that the annotations' picture paths start from. Empty: the annotation file's own folder."""
+    answers: str = ""
+    """VQA: JSON list of the answers to rank. Empty: all answers of the training file, the commonest first."""
+    max_answers: int = 3_200
+    """VQA: answers kept when the list is made from the training file."""
+    max_words: int = 50
+    """Words kept of a text."""
+    max_tokens: int = 50
+    """Tokens kept of a text, [CLS] and [SEP] included."""
+    scenes_used: int = 4_000
+    """Training scenes that examples are made of, when data.train is a folder of scenes; 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Config):
+    """A fine-tuning run. Of `objectives`, tasks other than retrieval read fidelity and alpha only."""
+
+    task: TaskName = "vqa"
+    """What to train for."""
+    inputs: Literal["both", "text", "image"] = "both"
+    """What the model gets to see: `text` blanks the pictures and `image` the words, to learn what a task gives away."""
+    objectives: ObjectivesConfig = field(default_factory=lambda: ObjectivesConfig(alpha_ramp_samples=4_000))
+    """Teacher's share; retrieval's losses."""
+    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(momentum=0.995))
+    """The momentum teacher."""
+    data: FinetuneData = field(default_factory=FinetuneData)
+    """The examples. data.train and data.val: annotation files (JSON), or folders of scenes' shards; empty: scenes."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(learning_rate=3e-4, min_learning_rate=1e-6, warmup_samples=1_000)
+    )
+    """The optimizer."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(samples=16_000, diagnose_every=0, checkpoint_every=500)
+    )
+    """The loop."""
+    eval: EvalConfig = field(default_factory=lambda: EvalConfig(every=100, samples=1_000, patience=3))
+    """The held-out evaluation, which picks the best weights and ends the run when they get no better."""
+    output: str = "runs/finetune"
+    """Run folder."""

@@ -1,0 +1,162 @@
+"""From a task's entries to batches: pictures transformed, texts tokenised, labels collated by the task.
+
+The order, the workers and the resumable position are those of pretraining (data.loader.StreamLoader).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from simla_ds.data.loader import StreamLoader
+from simla_ds.data.order import EpochOrder, sample_generator
+from simla_ds.data.sample import Reason, SkipSample, read_picture
+from simla_ds.data.text import TextTokenizer
+from simla_ds.data.transforms import EvalTransform, TrainTransform, normalise
+from simla_ds.downstream.annotations import Annotations
+from simla_ds.downstream.base import Downstream
+from simla_ds.downstream.config import FinetuneConfig
+
+
+@dataclass
+class Example:
+    """One entry, ready to be collated."""
+
+    number: int
+    """Its place in the annotations."""
+    images: Tensor
+    """(pictures, 3, S, S) uint8."""
+    input_ids: list[int]
+    fields: dict[str, Any]
+    """What the task's loss or evaluation needs."""
+
+
+@dataclass
+class Examples:
+    """What a worker hands over."""
+
+    results: list[tuple[int, Example | Reason]]
+    retried: int = 0
+    """Fetches tried again, as loader.Chunk counts them: annotated pictures are local files."""
+
+    def unpack(self) -> Iterator[tuple[int, Example | Reason]]:
+        """Yield (global index, example or why it was skipped)."""
+        return iter(self.results)
+
+
+class ExampleMaker:
+    """Turns an entry into an Example."""
+
+    def __init__(self, config: FinetuneConfig, downstream: Downstream, tokenizer: TextTokenizer, *, train: bool):
+        sizes = {"image_size": config.model.vision.image_size, "visual_view_size": 0}
+        data = config.data
+        self.downstream, self.tokenizer, self.inputs = downstream, tokenizer, config.inputs
+        self.transform = (
+            TrainTransform(
+                **sizes,
+                crop_scale=data.crop_scale,
+                flip=data.flip,
+                augment_ops=data.augment_ops,
+                augment_magnitude=data.augment_magnitude,
+            )
+            if train
+            else EvalTransform(**sizes)
+        )
+
+    def make(self, annotations: Annotations, number: int, rng: np.random.Generator) -> Example:
+        """Read and transform one entry. Raises SkipSample."""
+        entry = annotations.entries[number]
+        text, views = self.downstream.text(entry), []
+        for name in self.downstream.pictures(entry):
+            try:
+                picture = read_picture(annotations.pictures.members(name), self.transform.room)
+            except OSError:
+                raise SkipSample("picture unreadable") from None
+            views.append(torch.from_numpy(self.transform(picture, text, rng)[0]))
+        ids, _ = self.tokenizer.encode("" if self.inputs == "image" else text)
+        return Example(number, torch.stack(views), ids, self.downstream.fields(entry))
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Stack examples: `image` has all first pictures, then all second ones; `number` (B,) their entries."""
+        pad = self.tokenizer.vocabulary.pad
+        ids = pad_sequence([torch.tensor(e.input_ids) for e in examples], batch_first=True, padding_value=pad)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(e.input_ids) for e in examples])[:, None]
+        image = normalise(torch.stack([e.images for e in examples]).transpose(0, 1).flatten(0, 1))
+        return {
+            "image": torch.zeros_like(image) if self.inputs == "text" else image,
+            "input_ids": ids,
+            "text_mask": mask,
+            "token_index": mask.view(-1).nonzero()[:, 0],
+            "number": torch.tensor([e.number for e in examples]),
+            **self.downstream.collate([e.fields for e in examples]),
+        }
+
+
+class ExampleDataset(Dataset):
+    """Examples by global index, over all epochs."""
+
+    def __init__(self, annotations: Annotations, maker: ExampleMaker, order: EpochOrder, seed: int):
+        self.annotations, self.maker, self.order, self.seed = annotations, maker, order, seed
+
+    def __getitems__(self, global_indices: list[int]) -> Examples:
+        """Make several, as a worker does."""
+        results: list[tuple[int, Example | Reason]] = []
+        for index in global_indices:
+            _, number = self.order.locate(index)
+            try:
+                example = self.maker.make(self.annotations, number, sample_generator(self.seed, index))
+            except SkipSample as skip:
+                results.append((index, skip.reason))
+            else:
+                results.append((index, example))
+        return Examples(results)
+
+
+class ExampleLoader(StreamLoader):
+    """Training batches of a task."""
+
+    def __init__(
+        self, config: FinetuneConfig, annotations: Annotations, maker: ExampleMaker, rank: int = 0, world_size: int = 1
+    ):
+        order = EpochOrder([len(annotations.entries)], config.data.shuffle_window, config.train.seed)
+        self.maker = maker
+        dataset = ExampleDataset(annotations, maker, order, config.train.seed)
+        super().__init__(config, dataset, len(order), rank, world_size)
+
+    def collate(self, items: list[Example]) -> dict[str, Tensor]:
+        """Make a batch, with the random numbers that ITM draws its negatives by."""
+        batch = self.maker.collate(items)
+        draws = [sample_generator(self.config.train.seed + 1, example.number).random(2) for example in items]
+        return {**batch, "itm_draws": torch.tensor(np.stack(draws), dtype=torch.float32)}
+
+
+def held_out_batches(
+    annotations: Annotations,
+    maker: ExampleMaker,
+    batch_size: int,
+    *,
+    limit: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the entries rank, rank + world_size, ... in order; of at most `limit` (0: all).
+
+    ValueError names a picture that cannot be read: a measure over fewer entries than said would mislead.
+    """
+    count = min(limit or len(annotations.entries), len(annotations.entries))
+    numbers = range(rank, count, world_size)
+    for start in range(0, len(numbers), batch_size):
+        examples = []
+        for number in numbers[start : start + batch_size]:
+            try:
+                examples.append(maker.make(annotations, number, sample_generator(0, number)))
+            except SkipSample as skip:
+                raise ValueError(f"{annotations.source}: entry {number} cannot be used: {skip.reason}") from None
+        yield maker.collate(examples)

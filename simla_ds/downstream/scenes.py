@@ -1,0 +1,224 @@
+"""The tasks on the embedded scenes: questions, pairs and hypotheses whose truth is exact, in the tasks' own formats.
+
+What is said is balanced, so that neither text nor picture alone gives an answer away: a question "is there a dog" comes
+with a scene that has one and with one that has none; a statement about two pictures comes with both of their orders; a
+hypothesis is entailed, contradicted and left open equally often in each family of words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from random import Random
+from typing import Any
+
+from simla_ds.data.shards import ShardFiles, find_shards, open_shard
+from simla_ds.downstream.annotations import Annotations, Entry, ShardPictures
+
+AXES = {"left of": ("left of", "right of"), "above": ("above", "below")}
+"""A relation that scenes list, and the words for it and for its opposite."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One sample: its key, and its JSON as the docstring of simla_ds.data.scenes lays it out."""
+
+    key: str
+    record: dict[str, Any]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all things."""
+        return {thing["name"] for thing in self.record["objects"]}
+
+    @property
+    def single(self) -> dict[int, str]:
+        """Names, by number, of things whose name nothing else in the scene has."""
+        counts = Counter(thing["name"] for thing in self.record["objects"])
+        return {i: o["name"] for i, o in enumerate(self.record["objects"]) if counts[o["name"]] == 1}
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but its things is to be seen: behind others, a photo may show more."""
+        return self.record["background"]["kind"] == "plain"
+
+    def holds(self, relation: str, i: int, j: int) -> bool:
+        """Whether a relation is clearly true."""
+        return [relation, i, j] in self.record["relations"]
+
+
+def scene_annotations(task: str, shards: str, *, limit: int = 0, seed: int = 0) -> Annotations:
+    """Make a task's entries out of scenes' shards (as data.train); the same arguments give the same entries.
+
+    limit: scenes used, 0: all. Raises ValueError when the shards hold no scenes.
+    """
+    files = ShardFiles([open_shard(path) for path in find_shards(shards)])
+    places = {
+        index.key(number): (shard, number) for shard, index in enumerate(files.shards) for number in range(len(index))
+    }
+    scenes = []
+    for key, place in list(places.items())[: limit or None]:
+        record = json.loads(files.read(*place).get("json") or b"{}")
+        if "objects" not in record:
+            raise ValueError(f"{shards}: sample {key} is no scene (its json has no `objects`); give an annotation file")
+        scenes.append(Scene(key, record))
+    entries = list(MAKERS[task](scenes, Random(f"{seed}/{task}")))
+    return Annotations(f"{task} on {len(scenes)} scenes of {shards}", entries, ShardPictures(files, places))
+
+
+def captions(scenes: list[Scene], random: Random) -> Iterator[Entry]:
+    """Each scene with its caption."""
+    for scene in scenes:
+        yield {"image": scene.key, "caption": scene.record["caption"], "image_id": scene.key}
+
+
+def expressions(scenes: list[Scene], random: Random) -> Iterator[Entry]:
+    """What captions call single things by name, with their boxes; all things' boxes are the proposals."""
+    for scene in scenes:
+        size, things = scene.record["size"], scene.record["objects"]
+        for phrase in scene.record["phrases"]:
+            named = len(phrase["objects"]) == 1 and things[phrase["objects"][0]]["name"] in phrase["text"]
+            if named and len(things) > 1:  # "one other thing" could be any
+                yield {
+                    "image": scene.key,
+                    "text": phrase["text"],
+                    "box": phrase["box"],
+                    "size": [size, size],
+                    "proposals": [thing["box"] for thing in things],
+                }
+
+
+def questions(scenes: list[Scene], random: Random) -> Iterator[Entry]:
+    """Questions of four kinds: is there (half of them no), is it left of or above (likewise), what colour, how many."""
+    asked = [item for kind in (_existence, _position, _colour, _count) for item in kind(scenes, random)]
+    for number, (scene, question, answer) in enumerate(random.sample(asked, len(asked))):
+        yield {"image": scene.key, "question": question, "question_id": number, "answer": answer}
+
+
+def _existence(scenes: list[Scene], random: Random) -> Iterator[tuple[Scene, str, str]]:
+    for one, other, name, other_name in _differing([scene for scene in scenes if scene.plain], random):
+        for asked, answers in ((name, ("yes", "no")), (other_name, ("no", "yes"))):
+            for scene, answer in zip((one, other), answers, strict=True):
+                yield scene, f"is there {_a(asked)} in the picture?", answer
+
+
+def _position(scenes: list[Scene], random: Random) -> Iterator[tuple[Scene, str, str]]:
+    for scene in scenes:
+        found = [r for r in scene.record["relations"] if r[0] in AXES and {r[1], r[2]} <= scene.single.keys()]
+        if not found:
+            continue
+        relation, i, j = random.choice(found)
+        first, second = scene.single[i], scene.single[j]
+        words, turned, true = AXES[relation], random.random() < 0.5, random.random() < 0.5
+        if turned:
+            first, second, words = second, first, words[::-1]
+        yield scene, f"is the {first} {words[not true]} the {second}?", "yes" if true else "no"
+
+
+def _colour(scenes: list[Scene], random: Random) -> Iterator[tuple[Scene, str, str]]:
+    for scene in scenes:
+        turned = [i for i in scene.single if scene.record["objects"][i]["turned"]]  # others' colours can be guessed
+        if turned:
+            thing = scene.record["objects"][random.choice(turned)]
+            yield scene, f"what colour is the {thing['name']}?", thing["colour"]
+
+
+def _count(scenes: list[Scene], random: Random) -> Iterator[tuple[Scene, str, str]]:
+    by_count: dict[int, list[Scene]] = defaultdict(list)
+    for scene in scenes:
+        if scene.plain:
+            by_count[len(scene.record["objects"])].append(scene)
+    common = [group for group in by_count.values() if len(group) >= len(scenes) // 20]
+    for group in zip(*common, strict=False):  # as many of each count
+        for scene in group:
+            yield scene, "how many things are there?", str(len(scene.record["objects"]))
+
+
+def statements(scenes: list[Scene], random: Random) -> Iterator[Entry]:
+    """Statements about two pictures, each with both orders of the same two, of which one makes it true."""
+    pairs = _differing([scene for scene in scenes if scene.plain], random)
+    for number, (one, other, name, other_name) in enumerate(pairs):
+        said = [(f"the first picture shows {_a(name)}", True), (f"the first picture shows {_a(other_name)}", False)]
+        more = len(one.record["objects"]) - len(other.record["objects"])
+        if more:
+            said.append(("there are more things in the first picture", more > 0))
+            said.append(("there are fewer things in the first picture", more < 0))
+        for sentence_number, (sentence, true) in enumerate(said):
+            for order, images in enumerate(([one.key, other.key], [other.key, one.key])):
+                identifier = f"scenes-{number}-{order}-{sentence_number}"
+                label = str(true != bool(order))
+                yield {"images": images, "sentence": sentence, "label": label, "identifier": identifier}
+
+
+def hypotheses(scenes: list[Scene], random: Random) -> Iterator[Entry]:
+    """Hypotheses about a thing's colour and about where two things are: true, false, or left open (neutral).
+
+    Left open is the colour of what is not in the picture, and a direction in which neither thing is clearly ahead.
+    """
+    families: dict[str, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
+    for family, scene, sentence, label in (*_coloured(scenes, random), *_placed(scenes, random)):
+        families[family][label].append({"image": f"{scene.key}.jpg", "sentence": sentence, "label": label})
+    chosen = []
+    for labels in families.values():
+        count = min(len(labels[label]) for label in ("contradiction", "neutral", "entailment"))
+        chosen += [entry for entries in list(labels.values()) for entry in random.sample(entries, count)]
+    yield from random.sample(chosen, len(chosen))
+
+
+def _coloured(scenes: list[Scene], random: Random) -> Iterator[tuple[str, Scene, str, str]]:
+    """Say of a recoloured thing its colour or another thing's; say the same of a scene without it."""
+    found = [(scene, i) for scene in scenes for i in scene.single if scene.record["objects"][i]["turned"]]
+    colours = [scene.record["objects"][i]["colour"] for scene, i in found]
+    elsewhere = [scene for scene in scenes if scene.plain]
+    for scene, i in found:
+        thing = scene.record["objects"][i]
+        true, other = random.random() < 0.5, random.choice(colours)
+        if not true and other == thing["colour"]:
+            continue
+        sentence = f"the {thing['name']} is {thing['colour'] if true else other}"
+        yield "colour", scene, sentence, "entailment" if true else "contradiction"
+        without = random.choice(elsewhere)
+        if thing["name"] not in without.names:
+            yield "colour", without, sentence, "neutral"
+
+
+def _placed(scenes: list[Scene], random: Random) -> Iterator[tuple[str, Scene, str, str]]:
+    """Say of two things that one is left of or above the other, or right of or below it."""
+    for scene in scenes:
+        pairs = list(combinations(scene.single, 2))
+        if not pairs:
+            continue
+        i, j = random.sample(random.choice(pairs), 2)
+        for relation, words in AXES.items():
+            label = "neutral"
+            if scene.holds(relation, i, j) or scene.holds(relation, j, i):
+                label = "entailment" if scene.holds(relation, i, j) else "contradiction"
+            inverse = random.random() < 0.5
+            first, second = (j, i) if inverse else (i, j)
+            sentence = f"the {scene.single[first]} is {words[inverse]} the {scene.single[second]}"
+            yield words[inverse], scene, sentence, label
+
+
+def _differing(scenes: list[Scene], random: Random) -> Iterator[tuple[Scene, Scene, str, str]]:
+    """Yield neighbouring scenes, each scene once, with a name that only the first has and one that only the second."""
+    for number, (one, other) in enumerate(pairwise(scenes)):
+        mine, theirs = sorted(one.names - other.names), sorted(other.names - one.names)
+        if number % 2 == 0 and mine and theirs:
+            yield one, other, random.choice(mine), random.choice(theirs)
+
+
+def _a(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+MAKERS: dict[str, Callable[[list[Scene], Random], Iterator[Entry]]] = {
+    "retrieval": captions,
+    "grounding": expressions,
+    "vqa": questions,
+    "nlvr2": statements,
+    "snli_ve": hypotheses,
+}
+"""By the name of the task."""

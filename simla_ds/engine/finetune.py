@@ -1,0 +1,177 @@
+"""What the trainer needs to fine-tune a downstream task: the counterpart of engine.build, and of engine.watch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simla_ds.config import Config, ModelConfig
+from simla_ds.data.text import TextTokenizer
+from simla_ds.downstream.annotations import Annotations
+from simla_ds.downstream.base import Downstream, TaskNetwork
+from simla_ds.downstream.config import FinetuneConfig
+from simla_ds.downstream.evaluation import write_predictions
+from simla_ds.downstream.examples import ExampleLoader, ExampleMaker, held_out_batches
+from simla_ds.downstream.tasks import ANSWERS, load_annotations, make_task, read_answers
+from simla_ds.downstream.vqa import answer_list, given_answers
+from simla_ds.engine.build import Parts, same_model, with_data_paths
+from simla_ds.engine.distributed import Ranks, gather_objects
+from simla_ds.engine.watch import plain_student
+from simla_ds.engine.zero_teacher import Engine, EngineSource
+from simla_ds.evaluation import evaluating
+from simla_ds.hub import load_model_folder
+from simla_ds.model.network import Network
+from simla_ds.model.simla import Simla
+from simla_ds.teacher import Teacher
+
+
+def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
+    """Read and check the entries, build the task's network from a pretrained one, its teacher and its loader.
+
+    Raises ValueError: the first thing that cannot work, or everything that is wrong with an annotation file.
+    """
+    if not isinstance(config, FinetuneConfig):
+        raise TypeError("build_finetuning needs a FinetuneConfig")
+    config, pretrained = _with_model(_with_data(config, ranks), ranks)
+    data = config.data
+    tokenizer = TextTokenizer(Path(data.tokenizer), max_tokens=data.max_tokens, add_sep=config.model.vocabulary.add_sep)
+    train = load_annotations(config.task, data.train, data.image_root, limit=data.scenes_used)
+    held_out = load_annotations(config.task, data.val, data.image_root)
+    answers = _answers(config, train, ranks) if config.task == "vqa" else []
+    downstream = make_task(config.task, tokenizer, answers, official=config.official, rerank=config.eval.rerank)
+    train, held_out = downstream.checked(train, train=True), downstream.checked(held_out, train=False)
+    for remark in (*downstream.remarks(train), *downstream.remarks(held_out)):
+        ranks.say(remark)
+    config = replace(config, eval=replace(config.eval, metric=config.eval.metric or f"eval/{downstream.metric}"))
+    loader = ExampleLoader(
+        config, train, ExampleMaker(config, downstream, tokenizer, train=True), ranks.rank, ranks.world_size
+    )
+    torch.manual_seed(config.train.seed)  # the same start weights on every rank
+    model = _network(downstream, config, pretrained)
+    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype).to(ranks.device)
+    torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
+    task: Any = downstream.module(model, teacher, config)
+    task.queue.to(ranks.device)
+    maker = ExampleMaker(config, downstream, tokenizer, train=False)
+    files = {ANSWERS: json.dumps(answers, ensure_ascii=False)} if answers else {}
+    return Parts(
+        config, loader, task, lambda e, s: TaskWatch(config, e, task, s, downstream, held_out, maker, ranks), files
+    )
+
+
+class TaskWatch:
+    """Held-out measures and predictions of a task; entries are shared among ranks, each is counted once."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        engine: Engine,
+        task: Any,
+        source: EngineSource,
+        downstream: Downstream,
+        held_out: Annotations,
+        maker: ExampleMaker,
+        ranks: Ranks,
+    ):
+        self.config, self.engine, self.task, self.source = config, engine, task, source
+        self.downstream, self.held_out, self.maker, self.ranks = downstream, held_out, maker, ranks
+        self.predictions: list[dict[str, Any]] = []
+
+    def prepare(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Move a batch to the device."""
+        return {name: value.to(self.ranks.device, non_blocking=True) for name, value in batch.items()}
+
+    def monitor(self) -> dict[str, float]:
+        """Return nothing besides what every run logs."""
+        return {}
+
+    def evaluate(self) -> dict[str, float]:
+        """Return `eval/NAME` of the protocol's measures, of the student; every rank must call it."""
+        student = plain_student(self.task, self.engine, self.source)
+        whole = self.downstream.whole
+        rank, world_size = (0, 1) if whole else (self.ranks.rank, self.ranks.world_size)
+        settings = self.config.eval
+        batches = held_out_batches(
+            self.held_out, self.maker, settings.batch_size, limit=settings.samples, rank=rank, world_size=world_size
+        )
+        with evaluating(student):
+            own = self.downstream.predictions(student, batches)
+        parts = [own] if whole else gather_objects(own)
+        self.predictions = [p for part in parts for p in part]
+        if not whole:
+            self.predictions.sort(key=lambda prediction: prediction["entry"])
+        measures = self.downstream.measures(self.held_out.entries, self.predictions)
+        return {f"eval/{name}": value for name, value in measures.items()}
+
+    @staticmethod
+    def summary(record: dict[str, Any]) -> str:
+        """Return a line for people."""
+        get = {name.removeprefix("eval/"): value for name, value in record.items() if name.startswith("eval/")}
+        shown = " ".join(f"{name} {value:.1f}" for name, value in get.items() if "/" not in name)
+        return f"step {record['step']} held out | {shown}"
+
+    def write_predictions(self, folder: Path) -> None:
+        """Write what the last evaluation predicted, with the entries, to folder/predictions.jsonl."""
+        write_predictions(folder / "predictions.jsonl", self.held_out, self.predictions)
+
+    def gradient_shares(self, batch: Any, alpha: float) -> dict[str, float]:
+        """Return nothing: a task has one loss."""
+        return {}
+
+
+def _with_data(config: FinetuneConfig, ranks: Ranks) -> FinetuneConfig:
+    """Fill in where the entries are; prepare the embedded scenes when they are asked for."""
+    data = config.data
+    if data.train.endswith(".json"):
+        if not data.val:
+            raise ValueError(f"data.train={data.train} needs held-out entries beside it: set data.val to another file")
+        if not (data.tokenizer or config.init.checkpoint):
+            raise ValueError("without --model, an annotation file needs data.tokenizer, the folder of a tokenizer")
+        return replace(config, data=replace(data, tokenizer=data.tokenizer or config.init.checkpoint))
+    filled: Any = with_data_paths(config, ranks)
+    tokenizer = config.data.tokenizer or config.init.checkpoint or filled.data.tokenizer
+    if not filled.data.val:
+        raise ValueError(f"data.train={filled.data.train} has no `val` beside it: set data.val")
+    return replace(filled, data=replace(filled.data, tokenizer=tokenizer))
+
+
+def _with_model(config: FinetuneConfig, ranks: Ranks) -> tuple[FinetuneConfig, Simla | None]:
+    """Load the pretrained model, whose sizes the run has; from scratch the vocabulary is the tokenizer's."""
+    if config.init.checkpoint:
+        pretrained, model = load_model_folder(Path(config.init.checkpoint))
+        if config.model != ModelConfig():
+            same_model(config, asdict(model), Path(config.init.checkpoint))
+        ranks.say(f"{config.init.checkpoint}: pretrained weights loaded")
+        return replace(config, model=model), pretrained
+    tokenizer = TextTokenizer(Path(config.data.tokenizer), add_sep=config.model.vocabulary.add_sep)
+    vocabulary = replace(tokenizer.vocabulary, visual_size=1)  # no task reads visual tokens
+    return replace(config, model=replace(config.model, vocabulary=vocabulary)), None
+
+
+def _network(downstream: Downstream, config: FinetuneConfig, pretrained: Simla | None) -> Network:
+    """Return the task's network, started from a pretrained one where there is one."""
+    if pretrained is not None and isinstance(pretrained, downstream.network):
+        return pretrained
+    network = downstream.network(config.model)
+    if pretrained is not None and isinstance(network, TaskNetwork):
+        network.start_from(pretrained)
+    return network
+
+
+def _answers(config: FinetuneConfig, train: Annotations, ranks: Ranks) -> list[str]:
+    """Return the answer list; say how much of the training file it leaves out."""
+    file = config.data.answers
+    answers = read_answers(Path(file)) if file else answer_list(train.entries, config.data.max_answers)
+    given = [answer for entry in train.entries for answer in given_answers(entry)]
+    outside = sum(answer not in set(answers) for answer in set(given))
+    if outside:
+        ranks.say(
+            f"{outside} of {len(set(given))} answers of {train.source} are not among the {len(answers)} of "
+            f"{file or 'data.max_answers'}: they are trained on and never ranked"
+        )
+    return answers

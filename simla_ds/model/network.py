@@ -1,0 +1,26 @@
+"""What training, the momentum teacher and model folders ask of a network."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from simla_ds.config import ModelConfig
+
+
+class Network(nn.Module):
+    """A network that is built from a ModelConfig alone: pretraining's, or a downstream task's."""
+
+    task: ClassVar[str]
+    """What it is for, as config.json of its model folder says."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+
+    def set_activation_checkpointing(self, on: bool) -> None:
+        """Recompute activations in backward (less memory, more time), in every stack of layers."""
+        for module in self.modules():
+            if hasattr(module, "activation_checkpointing"):
+                module.activation_checkpointing = on  # pyright: ignore[reportArgumentType]  no tensor, no module

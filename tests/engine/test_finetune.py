@@ -1,0 +1,85 @@
+"""Fine-tuning through the real launcher: best weights, predictions, an early end, resuming, and what is refused."""
+
+import json
+
+import pytest
+
+from launch import evaluate as programme
+from simla_ds.downstream.vqa import AnswerNetwork
+from simla_ds.hub import load_model_folder
+from tests.engine.launching import ROOT, launch
+from tests.engine.runs import MODEL, records, scenes
+
+pytestmark = pytest.mark.launcher
+
+SCRIPT = ROOT / "launch/finetune.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return scenes(tmp_path_factory.mktemp("data"))
+
+
+def finetune(*arguments, data, output, task="vqa", stage=2, ranks=2):
+    keys = ["--task", task, "--deepspeed", str(ROOT / f"ds_configs/zero{stage}.json"), "--data.train", str(data)]
+    keys += [*MODEL, "--data.workers", "0", "--train.batch_size", "8", "--train.precision", "fp32"]
+    keys += ["--train.log_every", "1", "--train.checkpoint_every", "2", "--output", str(output)]
+    return launch(SCRIPT, *keys, *arguments, ranks=ranks)
+
+
+def measured(run):
+    return {line["step"]: line["eval/accuracy"] for line in records(run) if "eval/accuracy" in line}
+
+
+def test_a_run_keeps_its_best_weights_with_predictions_and_ends_early(data, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    done = finetune(
+        *("--train.steps", "12", "--eval.every", "1", "--eval.patience", "2", "--optim.learning_rate", "1e-7"),
+        data=data,
+        output=run,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    accuracy = measured(run)
+    assert max(accuracy) < 12, accuracy  # at that rate nothing gets better
+    assert "no better eval/accuracy" in done.stderr
+    assert {line["step"] for line in records(run) if "loss/vqa" in line} == set(range(1, max(accuracy) + 1))
+
+    best = [json.loads(line) for line in (run / "best/predictions.jsonl").read_text().splitlines()]
+    assert [line["entry"] for line in best] == list(range(len(best)))  # of both ranks, in order, once each
+    right = sum(line["answer"] == line["given"]["answer"] for line in best)
+    assert 100 * right / len(best) == pytest.approx(max(accuracy.values()))
+
+    network, _ = load_model_folder(run / "best", AnswerNetwork)
+    assert network.language_head.decoder.weight is network.decoder.embeddings.word.weight
+    options = ["--task", "vqa", "--model", str(run / "best"), "--data", str(data.parent / "val")]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *options, "--json", str(tmp_path / "out.json")])
+    assert programme.main() == 0
+    assert json.loads((tmp_path / "out.json").read_text())["accuracy"] == pytest.approx(max(accuracy.values()))
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *options, "--task", "nlvr2"])
+    assert programme.main() == 2
+    assert "holds a model for 'vqa', not for 'nlvr2'" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # three launches
+def test_a_resumed_run_goes_on_as_the_whole_one_at_stage_3(data, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = ("--eval.every", "2", "--eval.patience", "0", "--train.samples", "64")
+    options = {"data": data, "task": "snli_ve", "stage": 3, "ranks": 1}
+    for steps, run in (("4", whole), ("2", parts), ("4", parts)):
+        done = finetune("--train.steps", steps, "--optim.schedule", "constant", *common, output=run, **options)
+        assert done.returncode == 0, done.stderr[-3000:]
+    losses = [{line["step"]: line["loss"] for line in records(run) if "loss" in line} for run in (whole, parts)]
+    assert losses[0] == losses[1]
+    assert set(losses[0]) == {1, 2, 3, 4}
+
+
+def test_a_bad_annotation_file_ends_with_status_2_before_anything_is_written(data, tmp_path):
+    (tmp_path / "bad.json").write_text('[{"image": "a.jpg", "question": "what?"}, {"image": "b.jpg"}]')
+    keys = ("--data.train", str(tmp_path / "bad.json"), "--data.val", str(tmp_path / "bad.json"))
+    keys += ("--data.tokenizer", str(data.parent / "tokenizer"))
+    done = finetune(*keys, data=data, output=tmp_path / "run", ranks=1)
+    assert done.returncode == 2
+    assert "entry 0: key 'question_id' must hold a number" in done.stderr
+    assert "entry 1: key 'question' is missing" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
