@@ -70,6 +70,12 @@ def _visualize(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from simla_ds.engine.doctor import examine
+
+    return examine()
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from simla_ds.demo import run_demo
 
@@ -98,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_visualize(commands)
     _add_demo(commands)
+    _command(
+        commands,
+        "doctor",
+        "say what is installed, what would be used, and whether training could start",
+        _doctor,
+        "Ends with status 1 when it could not.",
+    )
     return parser
 
 
