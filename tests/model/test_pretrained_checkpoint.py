@@ -109,7 +109,7 @@ def test_the_report_reads_as_a_few_lines(tmp_path, recorded):
     text = str(load_checkpoint(Simla(config.model), tmp_path / "a.pth"))
     assert text.splitlines()[0] == f"{tmp_path / 'a.pth'}: 363 of 363 parameters loaded"
     assert text.splitlines()[1:] == [
-        "  unexpected, not used: cls_head.*.bias",
+        "  unexpected, not used: head.*.bias",
         "  not wanted: image_queue, queue_ptr, teacher.* (360), text_queue",
     ]
 
