@@ -18,22 +18,10 @@ def main() -> int:
     """Parse, build, train."""
     argv = ["--init.checkpoint" + a[7:] if a.partition("=")[0] == "--model" else a for a in sys.argv[1:]]
     config, launch = parse_config(argv, FinetuneConfig, "finetune.py", "Fine-tune SIMLA for a task.")
-    from simla_ds.engine.distributed import finish, start
     from simla_ds.engine.finetune import build_finetuning
-    from simla_ds.engine.trainer import Trainer
+    from simla_ds.engine.run import run
 
-    ranks = start()
-    try:
-        Trainer(config, launch.deepspeed, ranks, build_finetuning).fit()
-    except (ValueError, OSError) as error:
-        ranks.say(f"finetune.py: error: {error}")
-        return 2
-    except FloatingPointError as error:
-        ranks.say(f"finetune.py: stopped: {error}")
-        return 1
-    finally:
-        finish()
-    return 0
+    return run("finetune.py", config, launch.deepspeed, build_finetuning)
 
 
 if __name__ == "__main__":

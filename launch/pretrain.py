@@ -15,36 +15,9 @@ from simla_ds.parsing import parse_config  # noqa: E402  the thread count must b
 def main() -> int:
     """Parse, build, train."""
     config, launch = parse_config(sys.argv[1:])
-    from simla_ds.data.loader import StalledData
-    from simla_ds.engine.distributed import finish, start
-    from simla_ds.engine.faults import lost_peer
-    from simla_ds.engine.trainer import Trainer
+    from simla_ds.engine.run import run
 
-    ranks = start()
-    try:
-        Trainer(config, launch.deepspeed, ranks).fit()
-    except (ValueError, OSError) as error:
-        ranks.say(f"pretrain.py: error: {error}")
-        return 2
-    except FloatingPointError as error:
-        ranks.say(f"pretrain.py: stopped: {error}")
-        return 1
-    except StalledData as error:
-        print(f"pretrain.py: stopped: {error}", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:
-        if not lost_peer(error):
-            raise
-        print(
-            f"pretrain.py: stopped: rank {ranks.rank} lost another rank; --resume auto goes on from the newest "
-            f"checkpoint ({str(error).splitlines()[0]})",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1
-    finally:
-        finish()
-    return 0
+    return run("pretrain.py", config, launch.deepspeed)
 
 
 if __name__ == "__main__":

@@ -167,11 +167,11 @@ def _answers(config: FinetuneConfig, train: Annotations, ranks: Ranks) -> list[s
     """Return the answer list; say how much of the training file it leaves out."""
     file = config.data.answers
     answers = read_answers(Path(file)) if file else answer_list(train.entries, config.data.max_answers)
-    given = [answer for entry in train.entries for answer in given_answers(entry)]
-    outside = sum(answer not in set(answers) for answer in set(given))
+    given = {answer for entry in train.entries for answer in given_answers(entry)}
+    outside = len(given.difference(answers))
     if outside:
         ranks.say(
-            f"{outside} of {len(set(given))} answers of {train.source} are not among the {len(answers)} of "
+            f"{outside} of {len(given)} answers of {train.source} are not among the {len(answers)} of "
             f"{file or 'data.max_answers'}: they are trained on and never ranked"
         )
     return answers
