@@ -11,7 +11,7 @@ from simla_ds.threads import set_threads
 set_threads()  # before torch is imported
 
 from simla_ds.downstream.config import FinetuneConfig  # noqa: E402  the thread count must be set first
-from simla_ds.parsing import parse_config  # noqa: E402
+from simla_ds.parsing import parse_config  # noqa: E402  the same
 
 
 def main() -> int:

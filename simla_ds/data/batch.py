@@ -16,7 +16,7 @@ from torch import Tensor
 from simla_ds.config import Config, VocabularyConfig
 from simla_ds.data.masking import block_mask, mask_tokens
 from simla_ds.data.sample import clean_caption, read_picture, read_record
-from simla_ds.data.transforms import EvalTransform, TrainTransform, normalise
+from simla_ds.data.transforms import make_transform, normalise
 from simla_ds.types import Batch
 
 
@@ -65,20 +65,8 @@ class PairMaker:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, visual_view_size: int, train: bool):
         """visual_view_size: side of the visual tokeniser's view in pixels, 0 for none. train: crop, flip, augment."""
-        sizes = {"image_size": config.model.vision.image_size, "visual_view_size": visual_view_size}
-        data = config.data
         self.config, self.tokenizer = config, tokenizer
-        self.transform = (
-            TrainTransform(
-                **sizes,
-                crop_scale=data.crop_scale,
-                flip=data.flip,
-                augment_ops=data.augment_ops,
-                augment_magnitude=data.augment_magnitude,
-            )
-            if train
-            else EvalTransform(**sizes)
-        )
+        self.transform = make_transform(config, visual_view_size, train=train)
 
     def make(self, key: str, members: Mapping[str, bytes | None], rng: np.random.Generator) -> Pair:
         """Read, transform, tokenise and mask one sample. Raises SkipSample."""

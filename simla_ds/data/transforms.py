@@ -18,6 +18,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
+from simla_ds.config import Config
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -226,3 +228,18 @@ def _warp(view: Image.Image, affine: Affine) -> Image.Image:
 
 def _planes(view: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(view).transpose(2, 0, 1))
+
+
+def make_transform(config: Config, visual_view_size: int, *, train: bool) -> TrainTransform | EvalTransform:
+    """Return what a run does to its pictures. visual_view_size: side of the visual tokeniser's view, 0 for none."""
+    image_size, data = config.model.vision.image_size, config.data
+    if not train:
+        return EvalTransform(image_size=image_size, visual_view_size=visual_view_size)
+    return TrainTransform(
+        image_size=image_size,
+        visual_view_size=visual_view_size,
+        crop_scale=data.crop_scale,
+        flip=data.flip,
+        augment_ops=data.augment_ops,
+        augment_magnitude=data.augment_magnitude,
+    )

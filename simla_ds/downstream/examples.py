@@ -19,7 +19,7 @@ from simla_ds.data.loader import StreamLoader
 from simla_ds.data.order import EpochOrder, sample_generator
 from simla_ds.data.sample import Reason, SkipSample, read_picture
 from simla_ds.data.text import TextTokenizer
-from simla_ds.data.transforms import EvalTransform, TrainTransform, normalise
+from simla_ds.data.transforms import make_transform, normalise
 from simla_ds.downstream.annotations import Annotations
 from simla_ds.downstream.base import Downstream
 from simla_ds.downstream.config import FinetuneConfig
@@ -55,20 +55,8 @@ class ExampleMaker:
     """Turns an entry into an Example."""
 
     def __init__(self, config: FinetuneConfig, downstream: Downstream, tokenizer: TextTokenizer, *, train: bool):
-        sizes = {"image_size": config.model.vision.image_size, "visual_view_size": 0}
-        data = config.data
         self.downstream, self.tokenizer, self.inputs = downstream, tokenizer, config.inputs
-        self.transform = (
-            TrainTransform(
-                **sizes,
-                crop_scale=data.crop_scale,
-                flip=data.flip,
-                augment_ops=data.augment_ops,
-                augment_magnitude=data.augment_magnitude,
-            )
-            if train
-            else EvalTransform(**sizes)
-        )
+        self.transform = make_transform(config, 0, train=train)
 
     def make(self, annotations: Annotations, number: int, rng: np.random.Generator) -> Example:
         """Read and transform one entry. Raises SkipSample."""
