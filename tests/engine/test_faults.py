@@ -3,9 +3,7 @@
 import json
 import random
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -15,7 +13,7 @@ from simla_ds.data.loader import PairLoader
 from simla_ds.data.text import TextTokenizer
 from simla_ds.engine.checkpoint_folder import check_whole
 from simla_ds.parsing import parse_config
-from tests.engine.launching import ROOT, launch, launching
+from tests.engine.launching import ROOT, launch, launching, wait_for
 from tests.engine.runs import keys, losses, records, scenes
 
 pytestmark = pytest.mark.launcher
@@ -77,14 +75,6 @@ def disturb(data: Path, run: Path, ranks: int, steps: int, number: signal.Signal
         assert not left, f"{len(gone)} processes ended, {left} are left"
     assert (process.returncode == 0) == (number == signal.SIGTERM), errors[-3000:]
     return errors
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline, "nothing happened in time"
-        time.sleep(0.02)
 
 
 def check_history(data: Path, run: Path, steps: int) -> None:

@@ -2,10 +2,8 @@
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 
 from simla_ds.engine.export import export_checkpoint
 from simla_ds.hub import SimlaModel
-from tests.engine.launching import ROOT, free_port, launch
+from tests.engine.launching import ROOT, launch, launching, wait_for
 from tests.engine.runs import keys, losses, records, scenes
 
 pytestmark = pytest.mark.launcher
@@ -23,7 +21,7 @@ SCRIPT = ROOT / "launch" / "pretrain.py"
 # dropout and the ramp of alpha stay on: both must go on where they were
 RUN = ["--train.steps", "8", "--train.checkpoint_every", "4", "--train.batch_size", "4", "--deepspeed"]
 RUN += [str(ROOT / "ds_configs" / "zero2.json"), "--eval.every", "8", "--eval.samples", "8", "--eval.rerank", "2"]
-RUN += ["--train.diagnose_every", "4"]
+RUN += ["--train.diagnose_every", "4", "--optim.schedule", "constant"]  # no rate depends on where a run is to end
 
 
 @pytest.fixture(scope="module")
@@ -39,47 +37,21 @@ def undisturbed(tmp_path_factory, data):
     return run
 
 
-def kill_after_checkpoint(arguments: list[str], checkpoint) -> None:
-    """Start a run of 2 ranks and SIGKILL launcher and ranks as soon as a checkpoint is there."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    scripts = os.path.dirname(sys.executable)
-    environment["PATH"] = f"{scripts}{os.pathsep}{environment.get('PATH', '')}"
-    command = [sys.executable, f"{scripts}/deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
-    process = subprocess.Popen(
-        [*command, str(SCRIPT), *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while not checkpoint.exists():
-            assert process.poll() is None, "the run ended before its checkpoint"
-            assert time.monotonic() < deadline, "no checkpoint in time"
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 def test_a_killed_run_resumes_with_bit_identical_losses(tmp_path, data, undisturbed):
     run = tmp_path / "run"
     arguments = keys(data, *RUN, "--output", str(run))
-    # 40 steps, so that the kill comes before the end; the schedule is constant, so that it does not matter
-    constant = ["--optim.schedule", "constant"]
-    kill_after_checkpoint([*arguments, "--train.steps", "400", *constant], run / "checkpoints" / "step_00000004")
+    # many steps, so that the kill comes before the end
+    with launching(SCRIPT, *arguments, "--train.steps", "400", ranks=2) as process:
+        wait_for((run / "checkpoints" / "step_00000004").exists, process, 240)
+        os.killpg(process.pid, signal.SIGKILL)
     for late in sorted((run / "checkpoints").glob("step_*"))[1:]:
         assert late.name != "step_00000400"
-        subprocess.run(["rm", "-r", str(late)], check=True)  # a later checkpoint may have been finished by then
-    done = launch(SCRIPT, *arguments, "--resume", "auto", *constant, ranks=2, timeout=600)
+        shutil.rmtree(late)  # a later checkpoint may have been finished by then
+    done = launch(SCRIPT, *arguments, "--resume", "auto", ranks=2, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed from" in done.stderr
     assert "step 4" in done.stderr
-    reference = tmp_path / "reference"
-    done = launch(SCRIPT, *keys(data, *RUN, "--output", str(reference)), *constant, ranks=2, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(run) == losses(reference)
+    assert losses(run) == losses(undisturbed)
     assert list(losses(run)) == list(range(1, 9))
 
 

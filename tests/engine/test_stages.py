@@ -1,5 +1,7 @@
 """What must not depend on how the work is split: ZeRO stage, ranks, accumulation. Through the real launcher, on CPU."""
 
+import itertools
+import json
 import math
 from pathlib import Path
 
@@ -17,7 +19,6 @@ STEPS = 8
 EVERY = 2
 """Steps between checkpoints. Resumed at the first, six steps are left to compare."""
 STAGES = [f"zero{stage}" for stage in range(4)]
-FILES = ",".join(str(ROOT / "ds_configs" / f"{stage}.json") for stage in STAGES)
 COMMON = ["--train.steps", str(STEPS), "--model.stream.dropout", "0", "--objectives.itm.negatives", "global"]
 COMMON += ["--train.checkpoint_every", str(EVERY), "--train.keep_checkpoints", "9", "--eval.every", str(STEPS)]
 
@@ -27,15 +28,39 @@ def data(tmp_path_factory):
     return scenes(tmp_path_factory.mktemp("data"))
 
 
+# for MLM, XMM and PSL alone: contrast sees the micro-batch only
+ACCUMULATION = {"whole": ("8", "1"), "halves": ("4", "2")}
+UNCONTRASTED = ["--objectives.itc.weight", "0", "--objectives.itm.weight", "0"]
+
+
+def under(stage: str, *arguments: str) -> list[str]:
+    return [*COMMON, *arguments, "--deepspeed", str(ROOT / "ds_configs" / f"{stage}.json")]
+
+
+def fit(data: Path, runs: dict[Path, list[str]], ranks: int) -> str:
+    """Train each run folder with its arguments, all in one launch; return what was said."""
+    folder = next(iter(runs)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = folder / "runs.json"
+    plan.write_text(json.dumps({str(run): keys(data, *arguments) for run, arguments in runs.items()}))
+    done = launch("tests.engine.workers.fits", str(plan), ranks=ranks, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, data):
-    """Run folders of every stage at one and at two ranks, with the same global batch of 8."""
+    """Run folders: every stage at one and at two ranks with the same global batch of 8, and accumulation's two."""
     out = tmp_path_factory.mktemp("stages")
-    for ranks in (1, 2):
-        arguments = keys(data, *COMMON, "--train.batch_size", str(8 // ranks))
-        done = launch("tests.engine.workers.stages", f"{out}/{ranks}", FILES, *arguments, ranks=ranks, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return {(stage, ranks): out / str(ranks) / stage for stage in STAGES for ranks in (1, 2)}
+    runs = {ranks: {} for ranks in (1, 2)}
+    for stage, ranks in itertools.product(STAGES, runs):
+        runs[ranks][out / str(ranks) / stage] = under(stage, "--train.batch_size", str(8 // ranks))
+    for name, (batch, steps) in ACCUMULATION.items():
+        split = ["--train.batch_size", batch, "--train.grad_accumulation", steps]
+        runs[1][out / "1" / name] = under("zero2", *UNCONTRASTED, *split)
+    for ranks, planned in runs.items():
+        fit(data, planned, ranks)
+    return {(run.name, ranks): run for ranks, planned in runs.items() for run in planned}
 
 
 @pytest.fixture(scope="module")
@@ -83,23 +108,21 @@ def test_held_out_measures_do_not_depend_on_stage_or_ranks(folders, stage, ranks
         assert mine == pytest.approx(theirs, rel=1e-5)
 
 
-def resume(tmp: Path, data, name: str, checkpoint: Path, ranks: int, stages: list[str]) -> dict[str, Path]:
+def resume(folder: Path, data: Path, checkpoint: Path, ranks: int, stages: list[str]) -> dict[str, Path]:
     """Go on from a checkpoint under each stage in turn; return the run folders."""
-    files = ",".join(str(ROOT / "ds_configs" / f"{stage}.json") for stage in stages)
-    arguments = keys(data, *COMMON, "--train.batch_size", str(8 // ranks), "--resume", str(checkpoint))
-    done = launch("tests.engine.workers.stages", f"{tmp}/{name}", files, *arguments, ranks=ranks, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("resumed from") == len(stages)
-    assert f"goes on at pair {8 * read_state(checkpoint)['step']}" in done.stderr
-    return {stage: tmp / name / stage for stage in stages}
+    arguments = ["--train.batch_size", str(8 // ranks), "--resume", str(checkpoint)]
+    said = fit(data, {folder / stage: under(stage, *arguments) for stage in stages}, ranks)
+    assert said.count("resumed from") == len(stages)
+    assert f"goes on at pair {8 * read_state(checkpoint)['step']}" in said
+    return {stage: folder / stage for stage in stages}
 
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, data, folders):
     """Two ranks under ZeRO-2, then one rank under each stage, then two ranks again; and where each began."""
     tmp, begun = tmp_path_factory.mktemp("resumed"), folders["zero2", 2] / "checkpoints" / "step_00000002"
-    alone = resume(tmp, data, "alone", begun, 1, ["zero3", "zero1", "zero0", "zero2"])
-    again = resume(tmp, data, "again", alone["zero3"] / "checkpoints" / "step_00000004", 2, ["zero1", "zero0"])
+    alone = resume(tmp / "alone", data, begun, 1, ["zero3", "zero1", "zero0", "zero2"])
+    again = resume(tmp / "again", data, alone["zero3"] / "checkpoints" / "step_00000004", 2, ["zero1", "zero0"])
     runs = {("alone", stage): (folder, 2) for stage, folder in alone.items()}
     return runs | {("again", stage): (folder, 4) for stage, folder in again.items()}
 
@@ -126,14 +149,7 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_stage(folders, runs, resum
     assert read_state(ends[0])["data"]["next"][0] == read_state(ends[1])["data"]["next"][0] == 8 * STEPS
 
 
-def test_two_micro_steps_equal_one_of_twice_the_batch(tmp_path, data):
-    """For MLM, XMM and PSL: contrast sees the micro-batch only."""
-    only = [*COMMON, "--objectives.itc.weight", "0", "--objectives.itm.weight", "0"]
-    for name, batch, accumulation in (("whole", "8", "1"), ("halves", "4", "2")):
-        arguments = keys(data, *only, "--train.batch_size", batch, "--train.grad_accumulation", accumulation)
-        file = str(ROOT / "ds_configs" / "zero2.json")
-        done = launch("tests.engine.workers.stages", f"{tmp_path}/{name}", file, *arguments, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-    whole, halves = losses(tmp_path / "whole" / "zero2"), losses(tmp_path / "halves" / "zero2")
+def test_two_micro_steps_equal_one_of_twice_the_batch(runs):
+    whole, halves = (runs[name, 1] for name in ACCUMULATION)
     assert set(whole[1]) == {"loss", "loss/mlm", "loss/xmm", "loss/psl"}
     assert relative_difference(halves, whole) < 1e-5
