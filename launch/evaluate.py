@@ -18,8 +18,10 @@ FORMATS = """annotations, a JSON list of objects; paths start at --image-root:
               list of boxes, "split": optional name}
   vqa        {"image": path, "question": text, "question_id": number, "answer": [ten texts] or text or left out}
   nlvr2      {"images": [path, path], "sentence": text, "label": "True" or "False", "identifier": optional}
-  snli_ve    {"image": path (".jpg" is added), "sentence": text, "label": contradiction, neutral or entailment}"""
-TASKS = ("retrieval", "grounding", "vqa", "nlvr2", "snli_ve")
+  snli_ve    {"image": path (".jpg" is added), "sentence": text, "label": contradiction, neutral or entailment}
+  probes     files of Winoground, ARO, SugarCrepe or VL-CheckList as published, or
+             {"images": [path, ...], "captions": [text, ...], "kind": optional}: caption i is right for picture i"""
+TASKS = ("retrieval", "grounding", "vqa", "nlvr2", "snli_ve", "probes")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -50,8 +52,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers to this file")
     arguments = parser.parse_args(argv)
-    if arguments.task == "retrieval" and (arguments.inputs != "both" or arguments.predictions or arguments.answers):
-        parser.exit(2, "evaluate.py: error: --inputs, --predictions and --answers are not for retrieval\n")
+    pretrained = arguments.task in ("retrieval", "probes")
+    if pretrained and (arguments.inputs != "both" or arguments.predictions or arguments.answers):
+        parser.exit(2, f"evaluate.py: error: --inputs, --predictions and --answers are not for {arguments.task}\n")
     if arguments.rerank < 0:
         parser.exit(2, f"evaluate.py: error: --rerank must be 0 or more, got {arguments.rerank}\n")
     return arguments
@@ -70,12 +73,27 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
         answers=arguments.answers,
         inputs=arguments.inputs,
     )
-    width = max(map(len, measures))
-    print("\n".join(f"{name:<{width}}  {value:8.2f}" for name, value in measures.items()))
     if arguments.predictions:
         write_predictions(arguments.predictions, annotations, predictions)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(measures, indent=1) + "\n", encoding="utf-8")
+    return report(measures, arguments.json)
+
+
+def evaluate_probes(arguments: argparse.Namespace) -> int:
+    """Load, score right and wrong captions, print how many are told apart."""
+    from simla_ds.downstream.probes import probe_folder
+    from simla_ds.hub import resolve_weights
+
+    folder = resolve_weights(arguments.model, arguments.weights)
+    source, root = str(arguments.annotations or arguments.data), str(arguments.image_root or "")
+    return report(probe_folder(folder, source, root), arguments.json)
+
+
+def report(measures: dict[str, float], json_out: Path | None) -> int:
+    """Print the numbers, and write them where asked."""
+    width = max(map(len, measures))
+    print("\n".join(f"{name:<{width}}  {value:8.2f}" for name, value in measures.items()))
+    if json_out:
+        json_out.write_text(json.dumps(measures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -110,7 +128,8 @@ def main() -> int:
     """Bad input is told, all that is wrong with an annotation file at once, and status 2."""
     arguments = parse(sys.argv[1:])
     try:
-        return evaluate_retrieval(arguments) if arguments.task == "retrieval" else evaluate_task(arguments)
+        run = {"retrieval": evaluate_retrieval, "probes": evaluate_probes}.get(arguments.task, evaluate_task)
+        return run(arguments)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

@@ -7,47 +7,17 @@ hypothesis is entailed, contradicted and left open equally often in each family 
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import combinations, pairwise
 from random import Random
-from typing import Any
 
-from simla_ds.data.shards import ShardFiles, find_shards, open_shard
-from simla_ds.downstream.annotations import Annotations, Entry, ShardPictures
+from simla_ds.downstream.annotations import Annotations, Entry
+from simla_ds.downstream.scene_records import Scene, read_scenes
+from simla_ds.downstream.scene_swaps import swaps
 
 AXES = {"left of": ("left of", "right of"), "above": ("above", "below")}
 """A relation that scenes list, and the words for it and for its opposite."""
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One sample: its key, and its JSON as the docstring of simla_ds.data.scenes lays it out."""
-
-    key: str
-    record: dict[str, Any]
-
-    @property
-    def names(self) -> set[str]:
-        """Names of all things."""
-        return {thing["name"] for thing in self.record["objects"]}
-
-    @property
-    def single(self) -> dict[int, str]:
-        """Names, by number, of things whose name nothing else in the scene has."""
-        counts = Counter(thing["name"] for thing in self.record["objects"])
-        return {i: o["name"] for i, o in enumerate(self.record["objects"]) if counts[o["name"]] == 1}
-
-    @property
-    def plain(self) -> bool:
-        """Whether nothing but its things is to be seen: behind others, a photo may show more."""
-        return self.record["background"]["kind"] == "plain"
-
-    def holds(self, relation: str, i: int, j: int) -> bool:
-        """Whether a relation is clearly true."""
-        return [relation, i, j] in self.record["relations"]
 
 
 def scene_annotations(task: str, shards: str, *, limit: int = 0, seed: int = 0) -> Annotations:
@@ -55,18 +25,9 @@ def scene_annotations(task: str, shards: str, *, limit: int = 0, seed: int = 0) 
 
     limit: scenes used, 0: all. Raises ValueError when the shards hold no scenes.
     """
-    files = ShardFiles([open_shard(path) for path in find_shards(shards)])
-    places = {
-        index.key(number): (shard, number) for shard, index in enumerate(files.shards) for number in range(len(index))
-    }
-    scenes = []
-    for key, place in list(places.items())[: limit or None]:
-        record = json.loads(files.read(*place).get("json") or b"{}")
-        if "objects" not in record:
-            raise ValueError(f"{shards}: sample {key} is no scene (its json has no `objects`); give an annotation file")
-        scenes.append(Scene(key, record))
+    scenes, pictures = read_scenes(shards, limit)
     entries = list(MAKERS[task](scenes, Random(f"{seed}/{task}")))
-    return Annotations(f"{task} on {len(scenes)} scenes of {shards}", entries, ShardPictures(files, places))
+    return Annotations(f"{task} on {len(scenes)} scenes of {shards}", entries, pictures)
 
 
 def captions(scenes: list[Scene], random: Random) -> Iterator[Entry]:
@@ -220,5 +181,6 @@ MAKERS: dict[str, Callable[[list[Scene], Random], Iterator[Entry]]] = {
     "vqa": questions,
     "nlvr2": statements,
     "snli_ve": hypotheses,
+    "probes": swaps,
 }
 """By the name of the task."""
