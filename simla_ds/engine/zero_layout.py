@@ -11,8 +11,9 @@ only, and spends a collective per parameter.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import deepspeed
@@ -43,6 +44,11 @@ class HeldPiece:
     replicated: bool
     """Whether every rank holds the same."""
 
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return prod(self.shape)
+
     def of(self, flat: Tensor) -> Tensor:
         """Return this range of the holder, or of a tensor beside it, as a view."""
         return flat.detach().view(-1).narrow(0, self.offset, self.count)
@@ -52,9 +58,9 @@ class HeldPiece:
         """(count,) the weights, as a view; float32 unless frozen."""
         return self.of(self.holder)
 
-    def part(self, low: int, high: int) -> HeldPiece:
-        """Return elements low to high of this range."""
-        return replace(self, start=self.start + low, offset=self.offset + low, count=high - low)
+    def part(self, start: int, count: int) -> HeldPiece:
+        """Return a range within this one, named by its first element in the parameter."""
+        return replace(self, start=start, offset=self.offset + start - self.start, count=count)
 
 
 def held_pieces(engine: Engine) -> list[HeldPiece]:
@@ -75,9 +81,25 @@ def owned_pieces(pieces: list[HeldPiece], rank: int, world_size: int) -> list[He
             continue
         low, high = max(0, first - position), min(piece.count, last - position)
         if low < high:
-            owned.append(piece.part(low, high))
+            owned.append(piece.part(piece.start + low, high - low))
         position += piece.count
     return owned
+
+
+def shards_of(pieces: list[HeldPiece]) -> dict[str, Tensor]:
+    """Return each holder once, by the name of the first parameter that it holds."""
+    names = _shard_names(pieces)
+    return {names[id(piece.holder)]: piece.holder.detach() for piece in pieces}
+
+
+def laid_out_as(pieces: list[HeldPiece], shards: Mapping[str, Tensor]) -> list[HeldPiece]:
+    """Return the same ranges of other tensors, which shards_of's names and layout are given to."""
+    names = _shard_names(pieces)
+    return [replace(piece, holder=shards[names[id(piece.holder)]], optimizer=None) for piece in pieces]
+
+
+def _shard_names(pieces: list[HeldPiece]) -> dict[int, str]:
+    return {id(piece.holder): piece.name for piece in reversed(pieces)}
 
 
 class _Finder:
