@@ -38,8 +38,8 @@ from simla_ds.engine.zero_layout import (
     before_loading,
     forget_adamw,
     held_pieces,
-    laid_out_as,
     loss_scale_state,
+    of_teacher,
     owned_pieces,
     set_adamw_step,
     set_loss_scale_state,
@@ -87,7 +87,7 @@ def _write_own(
             values |= adamw_moments(held)
             steps[held.name] = adamw_step(held)
         pieces += [Piece(f"{kind}/{held.name}", held.shape, held.start, value) for kind, value in values.items()]
-    for held in owned_pieces(laid_out_as(student, teacher.master), ranks.rank, ranks.world_size):
+    for held in owned_pieces(of_teacher(student, teacher.master), ranks.rank, ranks.world_size):
         pieces.append(Piece(f"teacher/{held.name}", held.shape, held.start, held.weight))
     listing = write_pieces(temporary / WEIGHTS, ranks.rank, pieces)
     random = temporary / f"rng_rank{ranks.rank:05d}.safetensors"
@@ -165,7 +165,7 @@ def load_checkpoint(path: Path, engine: Engine, teacher: Teacher, queue: Feature
     state = read_state(path)
     stored = Pieces(path / WEIGHTS)
     _load_student(stored, state["adamw_steps"], engine)
-    _load_weights(stored, "teacher", laid_out_as(held_pieces(engine), teacher.master))
+    _load_weights(stored, "teacher", of_teacher(held_pieces(engine), teacher.master))
     teacher.refresh()
     set_loss_scale_state(engine.optimizer, state["loss_scale"])
     queue.load_state_dict(load_file(path / QUEUE, device=str(ranks.device)))

@@ -43,6 +43,8 @@ class HeldPiece:
     """AdamW, whose state is kept by holder; None when frozen."""
     replicated: bool
     """Whether every rank holds the same."""
+    shard: str = ""
+    """Name of the holder: the first parameter that it holds."""
 
     @property
     def numel(self) -> int:
@@ -65,9 +67,13 @@ class HeldPiece:
 
 def held_pieces(engine: Engine) -> list[HeldPiece]:
     """Return what this rank holds of the student, in the order of the model's parameters."""
-    find = _Finder(engine.optimizer)
-    named = engine.module.model.named_parameters()
-    return [piece for name, parameter in named if (piece := find(name, parameter)) is not None]
+    find, pieces = _Finder(engine.optimizer), []
+    shards: dict[int, str] = {}
+    for name, parameter in engine.module.model.named_parameters():
+        piece = find(name, parameter)
+        if piece is not None:
+            pieces.append(replace(piece, shard=shards.setdefault(id(piece.holder), name)))
+    return pieces
 
 
 def owned_pieces(pieces: list[HeldPiece], rank: int, world_size: int) -> list[HeldPiece]:
@@ -86,20 +92,9 @@ def owned_pieces(pieces: list[HeldPiece], rank: int, world_size: int) -> list[He
     return owned
 
 
-def shards_of(pieces: list[HeldPiece]) -> dict[str, Tensor]:
-    """Return each holder once, by the name of the first parameter that it holds."""
-    names = _shard_names(pieces)
-    return {names[id(piece.holder)]: piece.holder.detach() for piece in pieces}
-
-
-def laid_out_as(pieces: list[HeldPiece], shards: Mapping[str, Tensor]) -> list[HeldPiece]:
-    """Return the same ranges of other tensors, which shards_of's names and layout are given to."""
-    names = _shard_names(pieces)
-    return [replace(piece, holder=shards[names[id(piece.holder)]], optimizer=None) for piece in pieces]
-
-
-def _shard_names(pieces: list[HeldPiece]) -> dict[int, str]:
-    return {id(piece.holder): piece.name for piece in reversed(pieces)}
+def of_teacher(pieces: list[HeldPiece], master: Mapping[str, Tensor]) -> list[HeldPiece]:
+    """Return the same ranges of a teacher's master, whose shards lie as the student's."""
+    return [replace(piece, holder=master[piece.shard], optimizer=None) for piece in pieces]
 
 
 class _Finder:

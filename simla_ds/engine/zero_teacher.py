@@ -1,5 +1,16 @@
 """The student's float32 weights out of whatever DeepSpeed made of them, for the momentum teacher and for model folders;
 and where the temperature is bounded. Layouts: zero_layout.
+
+The teacher's master lies as the optimizer's float32 weights do, so that its average needs no communication. Bytes of
+the teacher on each of n ranks, for P parameters, E of them outside the layers and L in the largest layer:
+
+    stage   master   what it computes with        communication
+    0       4 P      2 P                          none
+    1, 2    4 P / n  2 P                          2 P received per update
+    3       4 P / n  2 E, and 2 L for a moment    2 E per update, 2 bytes per parameter of a layer when it runs
+In float32 these are 4 P, 4 E and 4 L, less what a rank holds whole outside layers that come and go: that is the master
+itself. Parts are padded as the optimizer's; with an offloaded optimizer the master is on the CPU; frozen parameters are
+whole in every master at stages 1 and 2.
 """
 
 from __future__ import annotations
@@ -12,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from simla_ds.engine.distributed import gather_objects
-from simla_ds.engine.zero_layout import Engine, HeldPiece, held_pieces, laid_out_as, local_piece, shards_of
+from simla_ds.engine.zero_layout import Engine, held_pieces, local_piece
 
 BUCKET = 2**24
 """Elements, of all ranks together, that one all-gather brings: 32 MiB in bfloat16."""
@@ -40,8 +51,8 @@ class EngineSource:
     def __init__(self, engine: Engine):
         """Collective. RuntimeError when DeepSpeed shows less than all float32 weights of a parameter."""
         self.engine = engine
-        self._pieces = held_pieces(engine)
-        own = [(piece.name, piece.start, piece.count) for piece in self._pieces if not piece.replicated]
+        self._pieces = {piece.name: piece for piece in held_pieces(engine)}
+        own = [(p.name, p.start, p.count) for p in self._pieces.values() if not p.replicated]
         self._rank, self._shares = 0, [own]
         if any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in engine.module.model.parameters()):
             self._rank, self._shares = deepspeed.comm.get_rank(), gather_objects(own)
@@ -50,12 +61,12 @@ class EngineSource:
 
     def shards(self) -> dict[str, Tensor]:
         """Return what the optimizer steps on this rank, float32; frozen parameters in their own dtype."""
-        return shards_of(self._pieces)
+        return {piece.shard: piece.holder.detach() for piece in self._pieces.values()}
 
     def whole(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters that lie whole in this rank's shards, by name, as views."""
-        pieces = laid_out_as(self._pieces, shards)
-        return {p.name: p.weight.view(p.shape) for p in pieces if p.count == p.numel}
+        pieces = self._pieces.items()
+        return {name: p.of(shards[p.shard]).view(p.shape) for name, p in pieces if p.count == p.numel}
 
     @torch.no_grad()
     def fill(self, parameters: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> None:
@@ -65,30 +76,30 @@ class EngineSource:
         whole in float32 that is not so in the parameters given. Those on the meta device are left alone.
         """
         flats = {name: p.detach().view(-1) for name, p in parameters.items() if not p.is_meta}
-        own = {piece.name: piece for piece in laid_out_as(self._pieces, shards) if piece.name in parameters}
-        here = [(flats[n].narrow(0, p.start, p.count), p.weight) for n, p in own.items() if n in flats]
-        _copy([(target, value) for target, value in here if target.data_ptr() != value.data_ptr()])
+        here = [self._pieces[name] for name in flats if name in self._pieces]
+        pairs = [(flats[p.name].narrow(0, p.start, p.count), p.of(shards[p.shard])) for p in here]
+        _copy([(target, value) for target, value in pairs if target.data_ptr() != value.data_ptr()])
         dtype = next(iter(parameters.values())).dtype
         for bucket in self._plan(tuple(parameters)):
-            self._exchange(bucket, dtype, own, flats)
+            self._exchange(bucket, dtype, shards, flats)
 
     def _exchange(
-        self, bucket: list[_Slot], dtype: torch.dtype, own: Mapping[str, HeldPiece], flats: Mapping[str, Tensor]
+        self, bucket: list[_Slot], dtype: torch.dtype, shards: Mapping[str, Tensor], flats: Mapping[str, Tensor]
     ) -> None:
         """Send this rank's slots of a bucket and lay the others' into the flattened parameters."""
         width = max(slot.offset + slot.count for slot in bucket)
-        mine = [(slot, own[slot.name]) for slot in bucket if slot.rank == self._rank]
-        sent = torch.empty(width, dtype=dtype, device=mine[0][1].holder.device if mine else self.engine.device)
-        _copy([(sent[s.offset : s.offset + s.count], p.part(s.start, s.count).weight) for s, p in mine])
-        sent = sent.to(self.engine.device)
+        mine, sources = [slot for slot in bucket if slot.rank == self._rank], []
+        for slot in mine:
+            piece = self._pieces[slot.name].part(slot.start, slot.count)
+            sources.append(piece.of(shards[piece.shard]))
+        sent = torch.empty(width, dtype=dtype, device=sources[0].device if mine else self.engine.device)
+        _copy([(sent.narrow(0, s.offset, s.count), value) for s, value in zip(mine, sources, strict=True)])
+        sent = sent.to(self.engine.device)  # when offloaded, cast before it travels
         received = sent.new_empty(len(self._shares) * width)
         deepspeed.comm.all_gather_into_tensor(received, sent, group=self.engine.data_parallel_group)
-        pairs = []
-        for slot in bucket:
-            if slot.rank != self._rank and slot.name in flats:
-                value = received.narrow(0, slot.rank * width + slot.offset, slot.count)
-                pairs.append((flats[slot.name].narrow(0, slot.start, slot.count), value))
-        _copy(pairs)
+        others = [slot for slot in bucket if slot.rank != self._rank and slot.name in flats]
+        values = [received.narrow(0, slot.rank * width + slot.offset, slot.count) for slot in others]
+        _copy([(flats[s.name].narrow(0, s.start, s.count), value) for s, value in zip(others, values, strict=True)])
 
     def _plan(self, names: tuple[str, ...]) -> list[list[_Slot]]:
         """Cut what each rank holds of some parameters, laid end to end, into buckets; the same on every rank."""
@@ -108,7 +119,7 @@ class EngineSource:
         return self._buckets[names]
 
     def _check_complete(self) -> None:
-        known = {piece.name: piece.count for piece in self._pieces if piece.replicated}
+        known = {name: piece.count for name, piece in self._pieces.items() if piece.replicated}
         for share in self._shares:
             for name, _, count in share:
                 known[name] = known.get(name, 0) + count

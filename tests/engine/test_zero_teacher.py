@@ -179,6 +179,11 @@ def test_rare_layouts_with_offloaded_and_fused_optimizers(tmp_path, ranks):
 
 
 @pytest.mark.slow
-def test_two_ranks_for_200_steps(tmp_path):
-    for report in train(tmp_path, TRAINED, "--steps", "200", ranks=2, timeout=1200).values():
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_teacher_follows_the_fp32_weights_for_1000_steps(tmp_path, ranks):
+    offloaded = [f"zero{stage}_offload:{precision}:torchadam" for stage in (2, 3) for precision in ("fp32", "bf16")]
+    for report in train(tmp_path, (*TRAINED, *offloaded), "--steps", "1000", ranks=ranks, timeout=3500).values():
+        assert report["applied"] == 1000
         check_teacher(report)
+        check_memory(report)
+        check_source(report)

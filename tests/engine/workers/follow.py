@@ -23,6 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from simla_ds.config import OptimConfig, TrainConfig
+from simla_ds.engine import zero_teacher
 from simla_ds.engine.checkpoint import load_checkpoint, save_checkpoint
 from simla_ds.engine.checkpoint_folder import check_whole, read_state
 from simla_ds.engine.deepspeed_config import resolve_deepspeed_config
@@ -328,6 +329,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("layouts", nargs="+")
     arguments = parser.parse_args()
+    zero_teacher.BUCKET = 10_000  # several buckets of this model
     accelerator: Any = get_accelerator()
     accelerator.is_fp16_supported = lambda: True  # slow here, but its masters are laid out as on a GPU
     ranks = start()
