@@ -333,7 +333,7 @@ def main() -> None:
     accelerator: Any = get_accelerator()
     accelerator.is_fp16_supported = lambda: True  # slow here, but its masters are laid out as on a GPU
     ranks = start()
-    lines, before = [], None
+    before = None
     box = broadcast_object(tempfile.mkdtemp())
     for layout in arguments.layouts:
         started = time.monotonic()
@@ -345,11 +345,12 @@ def main() -> None:
             report |= follower.reload(Path(box) / layout, before)
             before = Path(box) / layout / "step_00000001"
         report |= {"temperature": follower.drive(), "seconds": time.monotonic() - started}
-        lines.append(json.dumps(report))
+        if ranks.is_main:
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(report) + "\n")
         follower.engine.destroy()
     if ranks.is_main:
         shutil.rmtree(box)
-        arguments.out.write_text("\n".join(lines) + "\n")
     finish()
 
 
