@@ -76,7 +76,8 @@ def build(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
     model.temperature.clamp_()
     model.set_activation_checkpointing(config.train.activation_checkpointing)
     _check_disk(config, sum(p.numel() for p in model.parameters()))
-    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype).to(ranks.device)
+    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype)
+    teacher.module.to(ranks.device)
     queue = _queue(config).to(ranks.device)
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     task = PretrainTask(model, teacher, queue, config)

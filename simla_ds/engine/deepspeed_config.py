@@ -165,7 +165,10 @@ def _check_offload(zero: dict[str, Any], where: str) -> bool:
         section = zero.get(key)
         devices[key] = (section or {}).get("device", "none") if section != AUTO else "none"
         if devices[key] == "nvme":
-            raise ValueError(f'{where}: zero_optimization.{key}.device is nvme, which is not supported; write "cpu"')
+            raise ValueError(
+                f"{where}: zero_optimization.{key}.device is nvme, which is not supported: the teacher and checkpoints "
+                'read weights where they lie; write "cpu"'
+            )
         if devices[key] != "none" and zero["stage"] < least:
             raise ValueError(
                 f"{where}: zero_optimization.{key} needs stage >= {least}, got stage {zero['stage']}; "

@@ -53,7 +53,8 @@ def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
     torch.manual_seed(config.train.seed)  # the same start weights on every rank
     model = _network(downstream, config, pretrained)
     model.set_activation_checkpointing(config.train.activation_checkpointing)
-    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype).to(ranks.device)
+    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype)
+    teacher.module.to(ranks.device)
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     task: Any = downstream.module(model, teacher, config)
     task.queue.to(ranks.device)

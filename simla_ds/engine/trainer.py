@@ -62,6 +62,7 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(model=self.task, model_parameters=groups, config=settings)
         forget_initial_step(self.engine)
         self.source = EngineSource(self.engine)
+        self.teacher.follow(self.source, by_layer=self.zero_stage == 3)
         self.step = self.samples_before = 0
         self.best = Best(self.config.eval)
         if checkpoint is not None:
@@ -118,7 +119,7 @@ class Trainer:
         momentum = self.config.teacher_momentum(self.global_batch)
         for batch in batches:
             if self.config.official:  # as published: the teacher moves before it is asked, at every forward
-                self.teacher.update(self.source, momentum)
+                self.teacher.update(momentum)
             outputs = self.engine(batch, alpha=self.alpha, step=self.step)
             self.engine.backward(outputs["loss"])
             self.engine.step()  # a no-op until the accumulation boundary
@@ -131,7 +132,7 @@ class Trainer:
             if hasattr(self.task.model, "temperature"):
                 clamp_temperature_master(self.engine, model.temperature_min, model.temperature_max)
             if not self.config.official:
-                self.teacher.update(self.source, momentum)
+                self.teacher.update(momentum)
         else:
             self._skip(bad)
         self.last_batch = batches[-1]
@@ -272,26 +273,28 @@ class Trainer:
 
     def _write_model(self, name: str) -> None:
         """Write NAME/ (student) and NAME/teacher, as model folders; all ranks gather, the main one writes."""
-        student = {key: value.to("cpu", copy=True) for key, value in self.source.fp32_parameters()}
+        student, teacher = (self._whole(shards) for shards in (self.source.shards(), self.teacher.master))
         if self.ranks.is_main:
-            networks = []
-            for state in (student, self.teacher.state_dict()):
-                network = type(self.task.model)(self.config.model)
-                with torch.no_grad():
-                    for parameter_name, parameter in network.named_parameters():
-                        parameter.copy_(state[parameter_name])
-                networks.append(network)
             save_model_folder(
-                networks[0],
+                student,
                 self.output / name,
                 Path(self.config.data.tokenizer),
                 {"step": self.step, "samples_seen": self.samples_seen},
-                teacher=networks[1],
+                teacher=teacher,
                 max_words=self.config.data.max_words,
                 max_tokens=self.config.data.max_tokens,
                 files=self.files,
             )
         dist.barrier()
+
+    def _whole(self, shards: dict[str, Tensor]) -> Any:
+        """Return a network with the float32 weights of all ranks' shards, on the main rank; on the others none."""
+        with torch.device("meta"):
+            network = type(self.task.model)(self.config.model)
+        if self.ranks.is_main:
+            network.to_empty(device="cpu")  # every parameter is filled, and there are no buffers
+        self.source.fill(dict(network.named_parameters()), shards)
+        return network
 
 
 class _Window:

@@ -128,9 +128,6 @@ def plain_student(task: Any, engine: Engine, source: EngineSource) -> Any:
     model = task.model
     if engine.zero_optimization_stage() < 3:
         return model
-    copy, device = type(model)(model.config).to(engine.device), engine.device
-    with torch.no_grad():
-        parameters = dict(copy.named_parameters())
-        for name, value in source.fp32_parameters():
-            parameters[name].copy_(value.to(device))
-    return copy.to(task.teacher.dtype).train(model.training)
+    copy = type(model)(model.config).to(engine.device, task.teacher.dtype)
+    source.fill(dict(copy.named_parameters()), source.shards())
+    return copy.train(model.training)

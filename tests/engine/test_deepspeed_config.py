@@ -102,6 +102,7 @@ def test_a_different_value_is_refused_with_both(settings, words):
         ({"bf16": {"bf16_master_weights_and_grads": True}}, ["bf16_master_weights_and_grads", "teacher"]),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, ["round_robin_gradients"]),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["offload_param", "nvme", "cpu"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, ["nvme", "the teacher", "cpu"]),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["stage >= 3", "stage 2"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["stage >= 1", "stage 0"]),
         ({"zero_optimization": {"stage": 4}}, ["stage", "4"]),
