@@ -15,7 +15,7 @@ from torch import Tensor
 
 from simla_ds.config import Config, VocabularyConfig
 from simla_ds.data.masking import block_mask, mask_tokens
-from simla_ds.data.sample import clean_caption, read_picture, read_record
+from simla_ds.data.sample import clean_caption, open_picture, picture_bytes, read_record
 from simla_ds.data.transforms import make_transform, normalise
 from simla_ds.types import Batch
 
@@ -71,7 +71,7 @@ class PairMaker:
     def make(self, key: str, members: Mapping[str, bytes | None], rng: np.random.Generator) -> Pair:
         """Read, transform, tokenise and mask one sample. Raises SkipSample."""
         record = read_record(key, members)
-        picture = read_picture(members, self.transform.room)
+        picture = open_picture(picture_bytes(members))
         raw = record.captions[int(rng.integers(len(record.captions)))]
         caption = clean_caption(raw, self.config.data.max_words)
         image, visual_view = self.transform(picture, caption, rng)

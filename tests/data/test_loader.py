@@ -378,7 +378,7 @@ def test_held_out_batches_are_fixed_and_in_file_order(shards_with_bad):
         pixels * torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
         + torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     ) * 255
-    assert (shown.permute(1, 2, 0).numpy() - np.asarray(whole)).max() < 0.01
+    assert np.abs(shown.permute(1, 2, 0).numpy() - np.asarray(whole)).max() < 1.01  # a level: another resizer
     split = [
         list(eval_batches(settings, shards_with_bad, Words(), VIEW, rank=r, world_size=2, limit=20)) for r in (0, 1)
     ]
