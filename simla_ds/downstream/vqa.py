@@ -20,7 +20,7 @@ from simla_ds.config import ModelConfig, StreamConfig
 from simla_ds.data.text import TextTokenizer
 from simla_ds.downstream.annotations import Entry, wrong_text
 from simla_ds.downstream.base import Downstream, TaskBatch, TaskNetwork, copy_weights
-from simla_ds.downstream.vqa_accuracy import ANNOTATORS, answer_type, soft_accuracy
+from simla_ds.downstream.vqa_accuracy import ANNOTATORS, answer_type, normalise_prediction, soft_accuracy
 from simla_ds.model.heads import LanguageHead
 from simla_ds.model.rows import Rows
 from simla_ds.model.simla import Simla
@@ -175,7 +175,8 @@ class Vqa(Downstream):
         for said in answered:
             entry = entries[said["entry"]]
             given = given_answers(entry)
-            score = soft_accuracy(said["answer"], given if len(given) > 1 else given * ANNOTATORS)
+            alone = [normalise_prediction(given[0])] * ANNOTATORS  # ten people's answers are normalised already
+            score = soft_accuracy(said["answer"], given if len(given) > 1 else alone)
             scores["accuracy"].append(score)
             scores[f"accuracy/{answer_type(entry)}"].append(score)
             if "question_type" in entry:
