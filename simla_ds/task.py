@@ -16,7 +16,7 @@ from simla_ds.config import Config
 from simla_ds.model.simla import Simla
 from simla_ds.objectives import OBJECTIVES, FeatureQueue, Objective
 from simla_ds.objectives.base import Networks
-from simla_ds.objectives.itc import contrast_keys, entropy, similarities
+from simla_ds.objectives.itc import contrast_keys, entropy, image_similarities
 from simla_ds.passes import PASSES
 from simla_ds.teacher import Teacher
 from simla_ds.types import Batch, ContrastKeys, Features, Outputs, Request, StepFeatures
@@ -132,10 +132,9 @@ class PretrainTask(nn.Module):
     def _monitor(self, features: StepFeatures) -> dict[str, Tensor]:
         """Return what shows a collapse early: temperature, target entropy, spread of features, teacher's nearness."""
         student, teacher = features.student, features.teacher
-        of_teacher, _ = similarities(teacher, features.keys)
         return {
             "temperature": self.model.temperature().squeeze(),
-            "itc_target_entropy": entropy(of_teacher).mean(),
+            "itc_target_entropy": entropy(image_similarities(teacher, features.keys)).mean(),
             "image_feature_spread": _spread(student.image_feature),
             "text_feature_spread": _spread(student.text_feature),
             "teacher_student_cosine": (student.image_feature * teacher.image_feature).sum(-1).mean(),

@@ -120,6 +120,8 @@ def _prepare_scenes(root: Path, train: int, size: int, grid: int, ranks: Ranks) 
             prepare_scenes(root, train=train, size=size, grid=grid)
         except FileExistsError as error:
             problem = f"{error} (data.scenes_dir={root}, data.scenes_train={train}, {size} px, {grid} x {grid} patches)"
+        except (OSError, ValueError) as error:  # the other ranks wait for the word
+            problem = f"data.scenes_dir={root}: {error}"
     if problem := broadcast_object(problem):
         raise ValueError(problem)
 

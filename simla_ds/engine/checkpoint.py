@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from simla_ds.engine.checkpoint_folder import (
     QUEUE,
@@ -28,7 +28,7 @@ from simla_ds.engine.checkpoint_folder import (
     write_manifest,
 )
 from simla_ds.engine.distributed import Ranks, all_or_none, broadcast_object, gather_objects
-from simla_ds.engine.tensor_files import INDEX, Listing, Piece, Pieces, write_index, write_pieces
+from simla_ds.engine.tensor_files import INDEX, Listing, Piece, Pieces, save_tensors, write_index, write_pieces
 from simla_ds.engine.zero_layout import (
     Engine,
     HeldPiece,
@@ -91,7 +91,7 @@ def _write_own(
         pieces.append(Piece(f"teacher/{held.name}", held.shape, held.start, held.weight))
     listing = write_pieces(temporary / WEIGHTS, ranks.rank, pieces)
     random = temporary / f"rng_rank{ranks.rank:05d}.safetensors"
-    save_file(_random_state(ranks.device), random)
+    save_tensors(_random_state(ranks.device), random)
     return listing, steps, {random.name: describe_file(random)}
 
 
@@ -112,7 +112,7 @@ def _complete(
         if not (temporary / WEIGHTS / listing.file).is_file():
             raise OSError(f"what rank {rank} wrote is not to be seen here; set --output to a folder all nodes share")
     write_index(temporary / WEIGHTS, [listing for listing, _, _ in written])
-    save_file({name: value.contiguous().cpu() for name, value in queue.state_dict().items()}, temporary / QUEUE)
+    save_tensors({name: value.contiguous().cpu() for name, value in queue.state_dict().items()}, temporary / QUEUE)
     steps = {name: step for _, counts, _ in written for name, step in counts.items()}
     (temporary / STATE).write_text(json.dumps({**state, "adamw_steps": steps}, indent=1))
     for name in (f"{WEIGHTS}/{INDEX}", QUEUE, STATE):
@@ -142,7 +142,7 @@ def find_checkpoint(output: Path, resume: str, ranks: Ranks) -> Path | None:
         problem = None
         try:
             check_whole(path, ranks.rank, ranks.world_size)
-        except DamagedCheckpoint as error:
+        except (DamagedCheckpoint, OSError) as error:  # told to all, who wait for it
             problem = str(error)
         problems = [problem for problem in gather_objects(problem) if problem]
         if not problems:

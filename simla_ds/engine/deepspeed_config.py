@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +217,7 @@ def _settle_precision(settings: dict[str, Any], precision: str, stage: int, wher
 
 
 def _settle_optimizer(settings: dict[str, Any], config: Config, offloads: bool, device_type: str, where: str) -> None:
-    """AdamW: DeepSpeed's CPUAdam when offloaded, its FusedAdam where that can be compiled, else torch's fused AdamW."""
+    """AdamW: DeepSpeed's CPUAdam when offloaded, its FusedAdam where that is built, else torch's fused AdamW."""
     optim = config.optim
     _settle(settings, "optimizer.type", "AdamW", "the optimizer of this project", where)
     _settle(settings, "optimizer.params.lr", optim.learning_rate, "optim.learning_rate", where)
@@ -228,7 +227,7 @@ def _settle_optimizer(settings: dict[str, Any], config: Config, offloads: bool, 
     if "weight_decay" in params:  # else it comes by parameter groups alone, which override this
         _settle(params, "weight_decay", optim.weight_decay, "optim.weight_decay", where)
     if params.setdefault("torch_adam", AUTO) == AUTO:
-        params["torch_adam"] = not offloads and not (device_type == "cuda" and _can_compile_for_cuda())
+        params["torch_adam"] = not offloads and not (device_type == "cuda" and _has_fused_adam())
     if params["torch_adam"]:
         params.setdefault("fused", True)
 
@@ -258,10 +257,9 @@ def _accelerator() -> Any:
     return get_accelerator()
 
 
-def _can_compile_for_cuda() -> bool:
-    """Whether DeepSpeed can build FusedAdam here, or has it built."""
+def _has_fused_adam() -> bool:
+    """Whether DeepSpeed was installed with FusedAdam built. Building it here may fail hours into a queue: the nvcc at
+    hand need not suit torch's CUDA, and torch's fused AdamW does the same."""
     from deepspeed.git_version_info import installed_ops
-    from torch.utils.cpp_extension import CUDA_HOME
 
-    has_compiler = CUDA_HOME is not None and shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")) is not None
-    return has_compiler or bool(installed_ops.get("fused_adam"))
+    return bool(installed_ops.get("fused_adam"))

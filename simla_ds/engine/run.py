@@ -19,14 +19,18 @@ def run(program: str, config: Config, deepspeed_json: str | None, build: Builder
         program: whose messages they are, such as pretrain.py.
         build: what is trained, pretraining by default.
     """
-    ranks = start()
+    try:
+        ranks = start(patience=config.data.timeout)
+    except ValueError as error:
+        _say_here(f"{program}: error: {error}")
+        return 2
     try:
         Trainer(config, deepspeed_json, ranks, build).fit()
     except (ValueError, OSError) as error:
-        ranks.say(f"{program}: error: {error}")
+        ranks.say_first(f"{program}: error: {error}")
         return 2
     except FloatingPointError as error:
-        ranks.say(f"{program}: stopped: {error}")
+        ranks.say_first(f"{program}: stopped: {error}")
         return 1
     except StalledData as error:
         _say_here(f"{program}: stopped: {error}")

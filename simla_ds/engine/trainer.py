@@ -118,6 +118,7 @@ class Trainer:
         set_learning_rate(self.engine, self._learning_rate())
         momentum = self.config.teacher_momentum(self.global_batch)
         for batch in batches:
+            batch = self.watch.prepare(batch)  # one micro-batch on the device at a time
             if self.config.official:  # as published: the teacher moves before it is asked, at every forward
                 self.teacher.update(momentum)
             outputs = self.engine(batch, alpha=self.alpha, step=self.step)
@@ -135,7 +136,7 @@ class Trainer:
                 self.teacher.update(momentum)
         else:
             self._skip(bad)
-        self.last_batch = batches[-1]
+        self.last_batch = batch
         self.step += 1
 
     def _skip(self, bad: list[str]) -> None:
@@ -150,7 +151,7 @@ class Trainer:
             )
 
     def _next_batches(self) -> list[Batch]:
-        """Return the micro-batches of one optimizer step, on the device.
+        """Return the micro-batches of one optimizer step.
 
         All are fetched before the first forward: MLM and XMM divide by their counts over all ranks and micro-steps.
         """
@@ -163,7 +164,7 @@ class Trainer:
             counts = mean_over_ranks(counts.to(self.ranks.device)).split(1)
             for batch in batches:
                 batch.update(zip(counted, counts, strict=True))
-        return [self.watch.prepare(batch) for batch in batches]
+        return batches
 
     def _learning_rate(self) -> float:
         total = self.samples_before + self.total_steps * self.global_batch

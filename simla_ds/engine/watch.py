@@ -133,6 +133,7 @@ def plain_student(task: Any, engine: Engine, source: EngineSource) -> Any:
     model = task.model
     if engine.zero_optimization_stage() < 3:
         return model
-    copy = type(model)(model.config).to(engine.device, task.teacher.dtype)
+    with torch.random.fork_rng(devices=[]):  # what it draws to start with is overwritten, and must not shift dropout
+        copy = type(model)(model.config).to(engine.device, task.teacher.dtype)
     source.fill(dict(copy.named_parameters()), source.shards())
     return copy.train(model.training)

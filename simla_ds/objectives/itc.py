@@ -63,6 +63,12 @@ def similarities(features: Features, keys: ContrastKeys) -> tuple[Tensor, Tensor
     )
 
 
+def image_similarities(features: Features, keys: ContrastKeys) -> Tensor:
+    """Return the first of `similarities` alone, reading the queue in place: for measures of every step."""
+    parts = [features.image_feature @ texts.T for texts in (keys.text, keys.queue_text)]
+    return torch.cat(parts, dim=1) / keys.temperature
+
+
 def entropy(similarity: Tensor) -> Tensor:
     """Return the entropy (nats) of each row's softmax, (B, K) -> (B,)."""
     log_p = similarity.log_softmax(-1)
