@@ -10,6 +10,7 @@ BENCHMARKS = {
     "compilation": "what compilers make of them",
     "step": "a whole training step against the published order and FLAVA",
     "growth": "how a step's cost grows with batch, length, resolution, queue, depth and width",
+    "memory": "what `simla plan` computes against what the real trainer holds",
     "report": "the history of what was stored, and what got worse",
 }
 
