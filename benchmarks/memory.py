@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.launching import ROOT, launch
 from benchmarks.timing import environment
 
-ROOT = Path(__file__).resolve().parent.parent
 BUCKET = 500_000
 """Numbers in each of DeepSpeed's buckets: 2 MB."""
 RECIPES = ROOT / "launch" / "recipes"
@@ -61,15 +58,7 @@ def run(cases: Sequence[Case], scenes: Path, folder: Path) -> list[dict[str, Any
     (ranks,) = {case.ranks for case in cases}
     runs, out = folder / "runs.json", folder / "found.json"
     runs.write_text(json.dumps([_arguments(case, scenes, folder) for case in cases]))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
-    command = [*launcher, "--master_port", str(port), "--module", "benchmarks.memory_process", str(runs), str(out)]
-    environ = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{cases} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+    launch("benchmarks.memory_process", ranks, str(runs), str(out))
     return [{"case": case.name, **found} for case, found in zip(cases, json.loads(out.read_text()), strict=True)]
 
 
