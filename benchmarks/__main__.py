@@ -11,6 +11,8 @@ BENCHMARKS = {
     "step": "a whole training step against the published order and FLAVA",
     "growth": "how a step's cost grows with batch, length, resolution, queue, depth and width",
     "data": "from JPEGs to training views, against the published pipeline, webdataset and decoding alone",
+    "memory": "what `simla plan` computes against what the real trainer holds",
+    "communication": "what ZeRO-0 and ZeRO-3 send in a step, counted and planned, and their speed",
     "report": "the history of what was stored, and what got worse",
 }
 
@@ -19,7 +21,7 @@ def main(argv: list[str]) -> int:
     """Run one benchmark; 2 when there is none of that name."""
     if argv and argv[0] in BENCHMARKS:
         return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
-    lines = [f"  {name:12} {what}" for name, what in BENCHMARKS.items()]
+    lines = [f"  {name:14} {what}" for name, what in BENCHMARKS.items()]
     print("\n".join(["usage: python -m benchmarks NAME [--help] ...", *lines]))
     return 0 if argv in (["--help"], ["-h"]) else 2
 

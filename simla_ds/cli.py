@@ -13,13 +13,18 @@ from functools import partial
 from pathlib import Path
 
 from simla_ds import __version__
+from simla_ds.config import Config
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.settings = rest  # a recipe's keys, behind the options of `plan`
+    if rest and arguments.run is not _plan:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:  # bad input, a missing file, a full disk: not a bug, so no traceback
@@ -76,6 +81,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return examine()
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from simla_ds.parsing import parse_config
+    from simla_ds.planner.command import run
+
+    config, _ = parse_config(arguments.settings, Config, "simla plan", "Plan a training run.")
+    return run(arguments, config)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from simla_ds.demo import run_demo
 
@@ -103,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_export(commands)
     _add_visualize(commands)
+    _add_plan(commands)
     _add_demo(commands)
     _command(
         commands,
@@ -226,6 +240,42 @@ def _add_visualize(commands) -> None:
     )
 
 
+def _add_plan(commands) -> None:
+    plan = _command(
+        commands,
+        "plan",
+        "compute memory, speed and network of a training run, before there is one",
+        _plan,
+        "Further options are a recipe's, as for launch/pretrain.py: --config launch/recipes/NAME.yaml, "
+        "--train.batch_size N, ... One row per ZeRO layout of ds_configs, with and without activation checkpointing. "
+        "Every figure is computed, none is measured.",
+    )
+    plan.add_argument(
+        "--card",
+        choices=("A100-40", "A100-80", "H100", "H200", "L40S", "24GB", "CPU"),
+        default="A100-80",
+        help="what each rank has",
+    )
+    plan.add_argument("--nodes", type=_positive, default=1, metavar="N", help="machines")
+    plan.add_argument("--cards", type=_positive, default=8, metavar="N", help="cards, hence ranks, of each node")
+    plan.add_argument("--pairs", type=_positive, metavar="N", help="pairs to train on (default: the recipe's)")
+    plan.add_argument(
+        "--utilisation",
+        type=_share,
+        default=0.35,
+        metavar="X",
+        help="share of the card's peak that is reached; a guess",
+    )
+    plan.add_argument("--memory", type=float, metavar="GIB", help="of each rank, in place of the card's")
+    plan.add_argument(
+        "--caption-tokens", type=float, default=13.5, metavar="X", help="mean of a caption; COCO's is 13.5"
+    )
+    plan.add_argument("--deepspeed", type=Path, metavar="FILE.json", help="this layout alone, with its buckets")
+    output = plan.add_mutually_exclusive_group()
+    output.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    output.add_argument("--json", action="store_true", help="print all figures, in bytes and seconds")
+
+
 def _add_demo(commands) -> None:
     demo = _command(
         commands,
@@ -236,6 +286,13 @@ def _add_demo(commands) -> None:
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the results")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the training; the scenes stay the same")
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {number}")
+    return number
 
 
 def _positive(text: str) -> int:

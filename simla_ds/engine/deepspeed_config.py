@@ -99,6 +99,7 @@ def resolve_deepspeed_config(
     _refuse(settings, where)
     _check_names(settings, where)
     offloads = _check_offload(zero, where)
+    _check_hierarchy(zero, world_size, where)
     settings["zero_optimization"] = {key: value for key, value in zero.items() if value != AUTO}
     _settle_batch(settings, config, world_size, where)
     _settle_precision(settings, precision, stage, where)
@@ -174,6 +175,16 @@ def _check_offload(zero: dict[str, Any], where: str) -> bool:
                 f"raise zero_optimization.stage or remove {key}"
             )
     return devices["offload_optimizer"] != "none"
+
+
+def _check_hierarchy(zero: dict[str, Any], world_size: int, where: str) -> None:
+    """ZeRO++ hpZ: each node's cards hold the weights once more between them."""
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size > 1 and (zero["stage"] != 3 or world_size % size):
+        raise ValueError(
+            f"{where}: zero_optimization.zero_hpz_partition_size={size} needs stage 3 and ranks that it divides, got "
+            f"stage {zero['stage']} and {world_size} rank(s); set it to the cards of a node or remove it"
+        )
 
 
 def _settle(section: dict[str, Any], name: str, wanted: Any, source: str, where: str) -> None:

@@ -105,6 +105,8 @@ def test_a_different_value_is_refused_with_both(settings, words):
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, ["nvme", "the teacher", "cpu"]),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["stage >= 3", "stage 2"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["stage >= 1", "stage 0"]),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, ["zero_hpz_partition_size=8", "4 rank(s)"]),
+        ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size=2", "stage 2"]),
         ({"zero_optimization": {"stage": 4}}, ["stage", "4"]),
         ({"zero_optimization": True}, ["zero_optimization", "object"]),
         ({"zero_optimisation": {"stage": 2}}, ["zero_optimisation", "did you mean zero_optimization?"]),
