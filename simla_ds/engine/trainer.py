@@ -290,10 +290,8 @@ class Trainer:
 
     def _whole(self, shards: dict[str, Tensor]) -> Any:
         """Return a network with the float32 weights of all ranks' shards, on the main rank; on the others none."""
-        with torch.device("meta"):
+        with torch.device("cpu" if self.ranks.is_main else "meta"):
             network = type(self.task.model)(self.config.model)
-        if self.ranks.is_main:
-            network.to_empty(device="cpu")  # every parameter is filled, and there are no buffers
         self.source.fill(dict(network.named_parameters()), shards)
         return network
 

@@ -56,6 +56,7 @@ class EngineSource:
         self._rank, self._shares = 0, [own]
         if any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in engine.module.model.parameters()):
             self._rank, self._shares = deepspeed.comm.get_rank(), gather_objects(own)
+        self._names = {name for name, _ in engine.module.model.named_parameters()}
         self._buckets: dict[tuple[str, ...], list[list[_Slot]]] = {}
         self._check_complete()
 
@@ -74,6 +75,9 @@ class EngineSource:
 
         Every rank must name the same ones. They are cast before they travel. Memory: two buckets; no parameter is
         whole in float32 that is not so in the parameters given. Those on the meta device are left alone.
+
+        Raises:
+            KeyError: a name that is none of the student's.
         """
         flats = {name: p.detach().view(-1) for name, p in parameters.items() if not p.is_meta}
         here = [self._pieces[name] for name in flats if name in self._pieces]
@@ -104,6 +108,8 @@ class EngineSource:
     def _plan(self, names: tuple[str, ...]) -> list[list[_Slot]]:
         """Cut what each rank holds of some parameters, laid end to end, into buckets; the same on every rank."""
         if names not in self._buckets:
+            if unknown := set(names) - self._names:
+                raise KeyError(f"the student has no parameter {min(unknown)}")
             wanted, most = set(names), max(1, BUCKET // len(self._shares))
             buckets: dict[int, list[_Slot]] = {}
             for rank, share in enumerate(self._shares if len(self._shares) > 1 else []):
