@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from simla_ds import __version__
 from simla_ds.config import Config
@@ -67,6 +68,35 @@ def _export(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _embed(arguments: argparse.Namespace) -> int:
+    from simla_ds.scoring import Options, embed
+
+    options = Options(weights=arguments.weights, batch_size=arguments.batch_size, format=arguments.format)
+    _say_counts(embed(arguments.shards, arguments.model, arguments.out, options, arguments.workers), arguments.out)
+    return DONE
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from simla_ds.scoring import Options, score
+
+    options = Options(
+        weights=arguments.weights,
+        batch_size=arguments.batch_size,
+        min_itc=arguments.min_itc,
+        min_itm=arguments.min_itm,
+    )
+    manifest = score(arguments.shards, arguments.model, arguments.out, options, arguments.workers)
+    _say_counts(manifest, arguments.out)
+    if options.filters:
+        print(f"kept {manifest['kept']} of {manifest['captions']} captions in shards of {arguments.out}")
+    return DONE
+
+
+def _say_counts(manifest: dict[str, Any], out: Path) -> None:
+    skipped = ", ".join(f"{reason}: {count}" for reason, count in manifest["skipped"].items()) or "none"
+    print(f"{out}: {manifest['pictures']} pictures, {manifest['captions']} captions; skipped: {skipped}")
+
+
 def _visualize(arguments: argparse.Namespace) -> int:
     from simla_ds.visualize import visualize
 
@@ -115,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     _add_export(commands)
+    _add_over_shards(commands)
     _add_visualize(commands)
     _add_plan(commands)
     _add_demo(commands)
@@ -221,6 +252,37 @@ def _add_export(commands) -> None:
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step_N")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder; an old one is replaced")
     export.add_argument("--tokenizer", type=Path, metavar="DIR", help="its folder (default: where the run had it)")
+
+
+def _add_over_shards(commands) -> None:
+    resumed = "Goes shard by shard; started again, it goes on after the last whole one."
+    for name, summary, run, detail in (
+        (
+            "embed",
+            "write the features of all pictures and captions of shards",
+            _embed,
+            "Unit vectors, a row per caption.",
+        ),
+        (
+            "score",
+            "write how well pictures and captions of shards agree, and keep those that do",
+            _score,
+            "itc: cosine of the features, -1 to 1. itm: probability that they match.",
+        ),
+    ):
+        command = _command(commands, name, summary, run, f"{detail} {resumed}")
+        command.add_argument("shards", metavar="SHARDS", help="folder, file, brace pattern or address, as data.train")
+        command.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder, such as RUN/final")
+        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or a stopped run's")
+        command.add_argument("--weights", choices=("student", "teacher"), default="student", help="whose")
+        command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="pictures a forward")
+        command.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode; 0: none")
+        if name == "embed":
+            command.add_argument("--format", choices=("parquet", "npy"), default="parquet", help="of the features")
+        else:
+            above = "also write shards of the pairs whose {} is at least X"
+            command.add_argument("--min-itc", type=float, metavar="X", help=above.format("cosine"))
+            command.add_argument("--min-itm", type=float, metavar="X", help=above.format("ITM probability"))
 
 
 def _add_visualize(commands) -> None:

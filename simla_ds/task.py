@@ -60,6 +60,8 @@ class PretrainTask(nn.Module):
         Returns:
             `loss`: the weighted sum, a scalar with gradient. `losses`: name -> detached scalar.
             `queue_rows`: what FeatureQueue.push takes, after the step. `monitor`: name -> detached scalar.
+            `by_source`, when the batch says where pairs are from: `pairs` and the objectives' names -> (sources, 2)
+            float32, the sum of weighted losses and the sum of weights.
         """
         objectives = self.active(step)
         features = self.features(batch, masked="xmm" in objectives)
@@ -76,6 +78,9 @@ class PretrainTask(nn.Module):
             },
             "monitor": self._monitor(features),
         }
+        if "source" in batch:
+            rows = {name: o.row_losses(batch, features, outputs[name], alpha) for name, o in objectives.items()}
+            result["by_source"] = self._by_source(batch["source"], rows)
         return {**result, "features": features, "outputs": outputs} if keep else result
 
     def active(self, step: int) -> dict[str, Objective]:
@@ -127,6 +132,16 @@ class PretrainTask(nn.Module):
 
     def _weight(self, name: str) -> float:
         return getattr(self.config.objectives, name).weight
+
+    def _by_source(self, source: Tensor, rows: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Add up rows' losses and weights by the source of their pair; `pairs` counts pairs."""
+        ones = torch.ones(len(source), device=source.device)
+        rows = {"pairs": (ones, ones, torch.arange(len(source), device=source.device)), **rows}
+        zeros = torch.zeros(len(self.config.data.sources), 2, device=source.device)
+        return {
+            name: zeros.index_add(0, source.index_select(0, pairs), torch.stack([losses * weights, weights], 1))
+            for name, (losses, weights, pairs) in rows.items()
+        }
 
     @torch.no_grad()
     def _monitor(self, features: StepFeatures) -> dict[str, Tensor]:

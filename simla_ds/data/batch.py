@@ -58,6 +58,8 @@ class Pair:
     image_id: int
     itm_draws: np.ndarray
     """(2,) float32."""
+    source: int | None = None
+    """Number of the source, where several are mixed."""
 
 
 class PairMaker:
@@ -129,6 +131,8 @@ def collate(pairs: list[Pair], vocabulary: VocabularyConfig, pad_to: int = 0) ->
         "itm_draws": torch.from_numpy(np.stack([pair.itm_draws for pair in pairs])),
     }
     views = [pair.visual_view for pair in pairs if pair.visual_view is not None]
+    if pairs[0].source is not None:
+        batch["source"] = torch.tensor([pair.source for pair in pairs])
     if views:
         batch["visual_view"] = torch.stack(views).float().div_(255)
     if torch.cuda.is_available():

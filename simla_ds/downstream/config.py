@@ -35,6 +35,11 @@ class FinetuneData(DataConfig):
     scenes_used: int = 4_000
     """Training scenes that examples are made of, when data.train is a folder of scenes; 0: all."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sources:
+            raise ValueError("data.sources is pretraining's: name a task's annotation file in data.train")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(Config):

@@ -88,15 +88,16 @@ def build(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
 def with_data_paths(config: Config, ranks: Ranks) -> Config:
     """Fill in where data, tokenizer and visual tokeniser are; prepare the embedded scenes when they are asked for."""
     data = config.data
-    if not data.train:
+    if not (data.train or data.sources):
         root = Path(data.scenes_dir)
         _prepare_scenes(root, data.scenes_train, config.model.vision.image_size, config.model.vision.grid, ranks)
         data = replace(data, train=str(root / "train"), val=data.val or str(root / "val"))
-    find_shards(data.train, remote=True)  # first of all: without shards nothing beside them is found either
+    train = next((source.shards for source in data.sources.values()), data.train)
+    find_shards(train, remote=True)  # first of all: without shards nothing beside them is found either
     for name in ("tokenizer", "visual_tokenizer"):
-        if data.train.startswith(REMOTE) and not getattr(data, name):
-            raise ValueError(f"data.{name} must be a local folder when data.train={data.train} is elsewhere; name it")
-    shards = Path(data.train)
+        if train.startswith(REMOTE) and not getattr(data, name):
+            raise ValueError(f"data.{name} must be a local folder when the shards of {train} are elsewhere; name it")
+    shards = Path(train)
     folder = shards if shards.is_dir() else shards.parent
     if not data.val and folder.name == "train" and (folder.parent / "val").is_dir():
         data = replace(data, val=str(folder.parent / "val"))

@@ -141,7 +141,7 @@ class Trainer:
 
     def _skip(self, bad: list[str]) -> None:
         """Leave a step that was not applied out of the means, and say why."""
-        del self.window.outputs[-self.micro_steps :]
+        del self.window.outputs[-self.micro_steps :], self.window.by_source[-self.micro_steps :]
         if bad:
             self._write({"skipped_step": bad})
             limit = self.config.train.max_bad_steps
@@ -188,6 +188,8 @@ class Trainer:
             "grad_norm": float(grad_norm) if grad_norm is not None else None,
             "samples_per_second": pairs / self.window.seconds(),
             "data_wait": self.window.data_wait / max(1, self.window.steps // self.micro_steps),
+            "data_wait_share": self.window.data_wait / self.window.seconds(),
+            **self._losses_by_source(),
             "peak_memory_mb": peak_memory_mb(self.ranks.device),
             **self.watch.monitor(),
             "skipped": dict(sum(map(Counter, gather_objects(dict(self.loader.skipped))), Counter())),
@@ -199,6 +201,19 @@ class Trainer:
             self.metrics.write(alarm)
             self.metrics.say(f"ALARM {alarm['alarm']}: {alarm['message']}")
         self.window = _Window()
+
+    def _losses_by_source(self) -> dict[str, float]:
+        """Return each source's share of the pairs and mean losses since the last line, over ranks."""
+        names, sums = self.window.sums_by_source()
+        if not names:
+            return {}
+        record, sums = {}, mean_over_ranks(sums)  # (names, sources, 2); means have the same ratios as sums
+        for number, source in enumerate(self.config.data.sources):
+            record[f"source/{source}/share"] = float(sums[0, number, 1] / sums[0, :, 1].sum())
+            for name, (loss, weight) in zip(names[1:], sums[1:, number].tolist(), strict=True):
+                if weight:
+                    record[f"source/{source}/loss/{name}"] = loss / weight
+        return record
 
     def _write(self, record: dict[str, Any]) -> dict[str, Any]:
         record = {"step": self.step, "samples_seen": self.samples_seen, **record}
@@ -301,6 +316,8 @@ class _Window:
 
     def __init__(self):
         self.outputs: list[dict[str, Tensor]] = []
+        self.by_source: list[dict[str, Tensor]] = []
+        """See PretrainTask.forward; empty dictionaries where there is one source."""
         self.data_wait = 0.0
         self.steps = 0
         self._started = time.monotonic()
@@ -309,6 +326,7 @@ class _Window:
         """Keep a micro-step's scalars."""
         losses = {f"loss/{name}": value for name, value in outputs["losses"].items()}
         self.outputs.append({"loss": outputs["loss"].detach(), **losses, **outputs["monitor"]})
+        self.by_source.append(outputs.get("by_source", {}))
         self.steps += 1
 
     def means(self) -> tuple[list[str], Tensor]:
@@ -316,6 +334,12 @@ class _Window:
         names = list(dict.fromkeys(name for scalars in self.outputs for name in scalars))
         columns = [[scalars[name].float() for scalars in self.outputs if name in scalars] for name in names]
         return names, torch.stack([torch.stack(column).mean() for column in columns])
+
+    def sums_by_source(self) -> tuple[list[str], Tensor]:
+        """Return names, `pairs` first, and their (names, sources, 2) sums; no names where there is one source."""
+        names = list(dict.fromkeys(name for sums in self.by_source for name in sums))
+        columns = [torch.stack([sums[name] for sums in self.by_source if name in sums]).sum(0) for name in names]
+        return names, torch.stack(columns) if columns else torch.empty(0)
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training."""
