@@ -11,6 +11,7 @@ BENCHMARKS = {
     "step": "a whole training step against the published order and FLAVA",
     "growth": "how a step's cost grows with batch, length, resolution, queue, depth and width",
     "data": "from JPEGs to training views, against the published pipeline, webdataset and decoding alone",
+    "rerank": "retrieval's re-ranking by ITM against every layer anew for each pair, and its memory",
     "report": "the history of what was stored, and what got worse",
 }
 

@@ -10,12 +10,12 @@ from PIL import Image
 from launch import evaluate as programme
 from simla_ds.config import ModelConfig, StreamConfig, VisionConfig, VocabularyConfig
 from simla_ds.data.text import TextTokenizer, train_tokenizer
+from simla_ds.downstream import retrieval
+from simla_ds.downstream.gallery import PictureTokens, encode, match_scores
 from simla_ds.downstream.retrieval import (
     annotated,
     ceilings,
-    encode,
     match_candidates,
-    match_scores,
     rank_by_similarity,
     reorder,
     retrieve,
@@ -233,3 +233,45 @@ def call(monkeypatch, options):
         return programme.main()
     except SystemExit as end:
         return end.code
+
+
+# --- what is kept of pictures, and who scores what
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_memory", [1 << 20, 100])  # all of it; less than one picture
+def test_tokens_come_back_as_they_were_from_memory_and_from_a_file(dtype, in_memory):
+    tokens, store = torch.randn(7, 3, 5).to(dtype), PictureTokens(in_memory)
+    for part in tokens.split(3):
+        store.append(part)
+    wanted = torch.tensor([5, 0, 5, 6])
+    assert torch.equal(store.read(wanted), tokens[wanted])
+    store.append(tokens[:1])  # after reading
+    assert torch.equal(store.read(torch.tensor([7, 6])), tokens[[0, 6]])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 50])  # even shares; uneven ones; more ranks than pairs
+def test_ranks_score_a_share_each_and_together_what_one_scores(model, monkeypatch, ranks):
+    gallery = encode(model, pairs(), keep_tokens=True, batch_size=64)
+    captions, pictures = torch.arange(4).expand(9, 4), torch.zeros(18, 1, dtype=torch.long)
+    alone = match_candidates(model, gallery, captions, pictures, batch_size=7)
+    shares, scored = [], []
+
+    def share(rows):
+        shares.append(rows)
+        return rows.repeat(ranks)  # of as many as all ranks give
+
+    def counted(model, gallery, image, text, **options):
+        scored.append(len(image))
+        return match_scores(model, gallery, image, text, **options)
+
+    monkeypatch.setattr(retrieval, "world_size", lambda: ranks)
+    monkeypatch.setattr(retrieval, "gather_by_rank", share)
+    monkeypatch.setattr(retrieval, "match_scores", counted)
+    for rank in range(ranks):
+        monkeypatch.setattr(retrieval, "rank", lambda rank=rank: rank)
+        match_candidates(model, gallery, captions, pictures, batch_size=7)
+    monkeypatch.setattr(retrieval, "gather_by_rank", lambda rows: torch.cat(shares))
+    together = match_candidates(model, gallery, captions, pictures, batch_size=7)
+    assert max(scored) <= -(-(9 * 4 + 18) // ranks)
+    torch.testing.assert_close(together, alone)
