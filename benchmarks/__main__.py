@@ -12,6 +12,7 @@ BENCHMARKS = {
     "growth": "how a step's cost grows with batch, length, resolution, queue, depth and width",
     "data": "from JPEGs to training views, against the published pipeline, webdataset and decoding alone",
     "rerank": "retrieval's re-ranking by ITM against every layer anew for each pair, and its memory",
+    "tasks": "what the downstream tasks learn on scenes: pretrained, from scratch, one input blanked",
     "report": "the history of what was stored, and what got worse",
 }
 

@@ -50,9 +50,10 @@ class Classification(Downstream):
 
     def loss(self, student: Any, teacher: Any, batch: TaskBatch, alpha: float) -> Tensor:
         """Return the distilled cross-entropy of `label` (B,)."""
+        logits = student(batch)
         with torch.no_grad():
-            targets = teacher(batch)
-        return distilled_class_loss(student(batch), targets, batch["label"], alpha)
+            targets = teacher(batch) if alpha else logits
+        return distilled_class_loss(logits, targets, batch["label"], alpha)
 
     def predict(self, network: Any, batch: TaskBatch) -> list[dict[str, Any]]:
         """Return the likeliest class and the probabilities of all."""
