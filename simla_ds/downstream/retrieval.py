@@ -27,6 +27,31 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 @dataclass(frozen=True)
+class Protocol:
+    """How an evaluation is done; numbers of different protocols cannot be compared."""
+
+    rerank: int
+    """Candidates of each query that ITM orders."""
+    rerank_many: int
+    """The same among more than MANY pictures."""
+    image_size: int | None
+    """Side of the pictures in pixels; None: as the model was trained."""
+
+    def candidates(self, pictures: int) -> int:
+        """Return how many candidates ITM orders among so many pictures."""
+        return self.rerank_many if pictures > MANY else self.rerank
+
+
+MANY = 1_000
+"""Pictures of Flickr30k's test split; COCO's have 5,000."""
+PROTOCOLS = {
+    "official": Protocol(rerank=128, rerank_many=256, image_size=384),
+    "fast": Protocol(rerank=16, rerank_many=16, image_size=None),
+}
+"""`official`: the published k_test and resolution. `fast`: what training watches itself by."""
+
+
+@dataclass(frozen=True)
 class Ranking:
     """What each of Q queries found."""
 
