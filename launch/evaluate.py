@@ -130,7 +130,7 @@ def evaluate_retrieval(arguments: argparse.Namespace) -> int:
         pictures, batches = len(found.entries), annotated(arguments.annotations, root, processor)
     else:
         vision = replace(config.vision, image_size=processor.image_size)
-        stream = replace(config.stream, max_positions=max(config.stream.max_positions, vision.patches + 1))  # not read
+        stream = replace(config.stream, image_positions=config.image_positions)
         settings = Config(
             model=replace(config, vision=vision, stream=stream), data=DataConfig(max_words=processor.max_words)
         )

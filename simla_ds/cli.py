@@ -62,6 +62,16 @@ def _export(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _import(arguments: argparse.Namespace) -> int:
+    from simla_ds.importing import import_checkpoint
+
+    report = import_checkpoint(
+        arguments.checkpoint, arguments.out, arguments.tokenizer, image_size=arguments.image_size, heads=arguments.heads
+    )
+    print(f"{report}\n{arguments.out} written")
+    return DONE
+
+
 def _visualize(arguments: argparse.Namespace) -> int:
     from simla_ds.visualize import visualize
 
@@ -102,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     _add_export(commands)
+    _add_import(commands)
     _add_visualize(commands)
     _add_demo(commands)
     _command(
@@ -207,6 +218,28 @@ def _add_export(commands) -> None:
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="RUN/checkpoints/step_N")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder; an old one is replaced")
     export.add_argument("--tokenizer", type=Path, metavar="DIR", help="its folder (default: where the run had it)")
+
+
+def _add_import(commands) -> None:
+    command = _command(
+        commands,
+        "import",
+        "make a model folder from a published SIMLA or ALBEF checkpoint",
+        _import,
+        "Pretraining's or a downstream task's: which it is, and its sizes, are read off the weights. Momentum copies "
+        "go to OUT/teacher. A model folder is taken too, to change its resolution.",
+    )
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=".pth, .safetensors or model folder")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder; an old one is replaced")
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="such as bert-base-uncased's (default: a model folder's own)"
+    )
+    command.add_argument(
+        "--image-size", type=_positive, metavar="PIXELS", help="resample positions for it (default: the checkpoint's)"
+    )
+    command.add_argument(
+        "--heads", type=_positive, metavar="N", help="attention heads, which no shape shows (default: width / 64)"
+    )
 
 
 def _add_visualize(commands) -> None:

@@ -44,7 +44,7 @@ class AnswerNetwork(TaskNetwork):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        patches = config.vision.patches
+        patches = config.image_positions
         self.image_encoder = ImageEncoder(config.vision)
         self.stream = Stream(config.stream, config.vocabulary, patches)
         self.decoder = Stream(decoder_config(config.stream), config.vocabulary, patches)
