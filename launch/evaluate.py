@@ -53,6 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--answers", type=Path, metavar="FILE", help="VQA: JSON list of answers to rank (default: DIR's)"
     )
     parser.add_argument("--predictions", type=Path, metavar="OUT", help="also write each prediction, as JSONL")
+    parser.add_argument("--submission", type=Path, metavar="OUT", help="VQA: also write the evaluation server's JSON")
     parser.add_argument(
         "--inputs", default="both", choices=("both", "text", "image"), help="blank the other one (default: both)"
     )
@@ -61,6 +62,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     pretrained = arguments.task in ("retrieval", "probes")
     if pretrained and (arguments.inputs != "both" or arguments.predictions or arguments.answers):
         parser.exit(2, f"evaluate.py: error: --inputs, --predictions and --answers are not for {arguments.task}\n")
+    if arguments.submission and arguments.task != "vqa":
+        parser.exit(2, "evaluate.py: error: --submission is for vqa\n")
     if arguments.protocol and arguments.task != "retrieval":
         parser.exit(2, "evaluate.py: error: --protocol is for retrieval\n")
     if arguments.rerank < 0:
@@ -71,6 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def evaluate_task(arguments: argparse.Namespace) -> int:
     """Load, predict, print the protocol's measures."""
     from simla_ds.downstream.evaluation import evaluate_folder, write_predictions
+    from simla_ds.downstream.vqa import submission
     from simla_ds.hub import resolve_weights
 
     measures, predictions, annotations = evaluate_folder(
@@ -83,6 +87,9 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
     )
     if arguments.predictions:
         write_predictions(arguments.predictions, annotations, predictions)
+    if arguments.submission:
+        answers = submission(annotations.entries, predictions)
+        arguments.submission.write_text(json.dumps(answers), encoding="utf-8")
     return report(measures, arguments.json)
 
 

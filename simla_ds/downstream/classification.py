@@ -11,13 +11,13 @@ from torch import Tensor
 
 from simla_ds.data.sample import clean_caption
 from simla_ds.downstream.annotations import Annotations, Entry, wrong_text
-from simla_ds.downstream.base import Downstream, TaskBatch, distilled_class_loss
+from simla_ds.downstream.base import SupervisedTask, TaskBatch, distilled_class_loss
 
 MAX_WORDS = 30
 """Words of a sentence that are kept, as published."""
 
 
-class Classification(Downstream):
+class Classification(SupervisedTask):
     """Classes from [CLS], distilled from the momentum teacher (ALBEF section 5)."""
 
     classes: ClassVar[tuple[str, ...]]
