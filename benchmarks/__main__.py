@@ -13,6 +13,8 @@ BENCHMARKS = {
     "data": "from JPEGs to training views, against the published pipeline, webdataset and decoding alone",
     "memory": "what `simla plan` computes against what the real trainer holds",
     "communication": "what ZeRO-0 and ZeRO-3 send in a step, counted and planned, and their speed",
+    "rerank": "retrieval's re-ranking by ITM against every layer anew for each pair, and its memory",
+    "tasks": "what the downstream tasks learn on scenes: pretrained, from scratch, one input blanked",
     "report": "the history of what was stored, and what got worse",
 }
 

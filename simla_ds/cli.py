@@ -97,6 +97,16 @@ def _say_counts(manifest: dict[str, Any], out: Path) -> None:
     print(f"{out}: {manifest['pictures']} pictures, {manifest['captions']} captions; skipped: {skipped}")
 
 
+def _import(arguments: argparse.Namespace) -> int:
+    from simla_ds.importing import import_checkpoint
+
+    report = import_checkpoint(
+        arguments.checkpoint, arguments.out, arguments.tokenizer, image_size=arguments.image_size, heads=arguments.heads
+    )
+    print(f"{report}\n{arguments.out} written")
+    return DONE
+
+
 def _visualize(arguments: argparse.Namespace) -> int:
     from simla_ds.visualize import visualize
 
@@ -146,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_export(commands)
     _add_over_shards(commands)
+    _add_import(commands)
     _add_visualize(commands)
     _add_plan(commands)
     _add_demo(commands)
@@ -283,6 +294,28 @@ def _add_over_shards(commands) -> None:
             above = "also write shards of the pairs whose {} is at least X"
             command.add_argument("--min-itc", type=float, metavar="X", help=above.format("cosine"))
             command.add_argument("--min-itm", type=float, metavar="X", help=above.format("ITM probability"))
+
+
+def _add_import(commands) -> None:
+    command = _command(
+        commands,
+        "import",
+        "make a model folder from a published SIMLA or ALBEF checkpoint",
+        _import,
+        "Pretraining's or a downstream task's: which it is, and its sizes, are read off the weights. Momentum copies "
+        "go to OUT/teacher. A model folder is taken too, to change its resolution.",
+    )
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=".pth, .safetensors or model folder")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder; an old one is replaced")
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="such as bert-base-uncased's (default: a model folder's own)"
+    )
+    command.add_argument(
+        "--image-size", type=_positive, metavar="PIXELS", help="resample positions for it (default: the checkpoint's)"
+    )
+    command.add_argument(
+        "--heads", type=_positive, metavar="N", help="attention heads, which no shape shows (default: width / 64)"
+    )
 
 
 def _add_visualize(commands) -> None:

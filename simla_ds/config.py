@@ -80,6 +80,9 @@ class StreamConfig:
     """Width of the feed-forward layer."""
     max_positions: int = 128
     """Rows of the position table; image rows use them too (SIMLA adds text positions to the image stream)."""
+    image_positions: int = 0
+    """Patches of the pictures that those rows were trained with: at another resolution they are resampled as a grid.
+    0: as many as model.vision has."""
     dropout: float = 0.1
     """Dropout of embeddings, attention and residual branches."""
     token_types: bool = False
@@ -157,14 +160,20 @@ class ModelConfig:
             "one transformer reads both streams",
         )
         _require(
-            self.stream.max_positions > self.vision.patches,
-            f"model.stream.max_positions={self.stream.max_positions} is too small for {self.vision.patches} patches "
-            f"and [CLS], which run through the stream too; set model.stream.max_positions >= {self.vision.patches + 1}",
+            self.stream.max_positions > self.image_positions,
+            f"model.stream.max_positions={self.stream.max_positions} is too small for {self.image_positions} patches "
+            f"and [CLS], which run through the stream too; set model.stream.max_positions >= {self.image_positions + 1}"
+            ", or model.stream.image_positions to the patches that the positions were trained with",
         )
         _require(
             0 < self.temperature_min <= self.temperature <= self.temperature_max,
             f"model.temperature={self.temperature} must lie in [{self.temperature_min}, {self.temperature_max}]",
         )
+
+    @property
+    def image_positions(self) -> int:
+        """Patches whose positions image rows of the stream have; those of other resolutions are resampled."""
+        return self.stream.image_positions or self.vision.patches
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ class FinetuneConfig(Config):
     data: FinetuneData = field(default_factory=FinetuneData)
     """The examples. data.train and data.val: annotation files (JSON), or folders of scenes' shards; empty: scenes."""
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(learning_rate=3e-4, min_learning_rate=1e-6, warmup_samples=1_000)
+        default_factory=lambda: OptimConfig(learning_rate=1e-3, min_learning_rate=1e-6, warmup_samples=1_000)
     )
     """The optimizer."""
     train: TrainConfig = field(

@@ -44,7 +44,7 @@ def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
     answers = _answers(config, train, ranks) if config.task == "vqa" else []
     downstream = make_task(config.task, tokenizer, answers, official=config.official, rerank=config.eval.rerank)
     train, held_out = downstream.checked(train, train=True), downstream.checked(held_out, train=False)
-    for remark in (*downstream.remarks(train), *downstream.remarks(held_out)):
+    for remark in dict.fromkeys((*downstream.remarks(train), *downstream.remarks(held_out))):
         ranks.say(remark)
     config = replace(config, eval=replace(config.eval, metric=config.eval.metric or f"eval/{downstream.metric}"))
     loader = ExampleLoader(
