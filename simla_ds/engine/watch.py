@@ -111,7 +111,12 @@ class Watch:
         return shares
 
     def _norm(self, name: str, loss: Tensor, read: list[tuple[Tensor, Tensor]]) -> float:
-        """Norm of a weighted loss's gradient at some tokens, given as (..., D) tensors and flat positions in them."""
+        """Norm of a weighted loss's gradient at some tokens, given as (..., D) tensors and flat positions in them.
+
+        0 where there are none: contrast alone has no fused pass.
+        """
+        if not read:
+            return 0.0
         weight = getattr(self.config.objectives, name).weight
         tensors = [tensor for tensor, _ in read]
         gradients = torch.autograd.grad(loss * weight, tensors, retain_graph=True, allow_unused=True)

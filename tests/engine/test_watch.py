@@ -9,8 +9,8 @@ from simla_ds.engine.watch import Watch
 from tests.tiny import make_batch, make_task, run_config
 
 
-def shares(passes: str) -> dict[str, float]:
-    config = run_config(passes)
+def shares(passes: str, only: str = "") -> dict[str, float]:
+    config = run_config(passes, only=only)
     engine: Any = SimpleNamespace(device="cpu", zero_optimization_stage=lambda: 0)
     tokenizers: Any = SimpleNamespace(vocabulary_size=20)
     source: Any = None
@@ -25,3 +25,8 @@ def test_gradient_shares_are_the_same_in_merged_and_in_plain_passes():
         mine = {name.rsplit("/", 1)[1]: share for name, share in fast.items() if f"/{place}/" in name}
         assert sum(mine.values()) == pytest.approx(1)
         assert {name for name, share in mine.items() if share == 0} == set(without)
+
+
+def test_contrast_alone_has_the_whole_gradient_of_the_picture_and_none_of_fused_passes():
+    found = shares("fast", only="itc")
+    assert found == {"gradient_share/image_cls/itc": pytest.approx(1), "gradient_share/fused_cls/itc": 0.0}
