@@ -10,6 +10,7 @@ BENCHMARKS = {
     "compilation": "what compilers make of them",
     "step": "a whole training step against the published order and FLAVA",
     "growth": "how a step's cost grows with batch, length, resolution, queue, depth and width",
+    "data_efficiency": "what objective sets learn from fractions of the data",
     "report": "the history of what was stored, and what got worse",
 }
 
@@ -18,7 +19,7 @@ def main(argv: list[str]) -> int:
     """Run one benchmark; 2 when there is none of that name."""
     if argv and argv[0] in BENCHMARKS:
         return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
-    lines = [f"  {name:12} {what}" for name, what in BENCHMARKS.items()]
+    lines = [f"  {name:15} {what}" for name, what in BENCHMARKS.items()]
     print("\n".join(["usage: python -m benchmarks NAME [--help] ...", *lines]))
     return 0 if argv in (["--help"], ["-h"]) else 2
 
