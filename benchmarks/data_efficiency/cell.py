@@ -77,7 +77,7 @@ def read_settings(grid: Grid, cell: Cell, work: Path) -> Config:
 
 
 def run_cell(planned: Planned) -> Row:
-    """Train, measure and return the row. Raises RuntimeError when the training fails; its log says why."""
+    """Train, measure and return the row. Raises RuntimeError when the training fails; train.log says more."""
     cell, grid, pairs = planned.cell, planned.grid, planned.pairs
     shutil.rmtree(planned.folder, ignore_errors=True)
     planned.folder.mkdir(parents=True)
@@ -132,14 +132,14 @@ def run_cell(planned: Planned) -> Row:
 
 
 def train(command: list[str], log: Path, threads: int) -> None:
-    """Run the training command. Raises RuntimeError with the log's last line when it fails."""
+    """Run the training command. Raises RuntimeError with what the log says first of an error when it fails."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja compiles operators
     environ = {**os.environ, "PATH": path, "OMP_NUM_THREADS": str(threads)}
     with log.open("w") as out:
         status = subprocess.run(command, cwd=ROOT, env=environ, stdout=out, stderr=out, check=False).returncode
     if status:
         said = [line for line in log.read_text(encoding="utf-8").splitlines() if "error" in line.lower()]
-        raise RuntimeError(f"training ended with exit status {status}: {(said or ['see the log'])[0]} ({log})")
+        raise RuntimeError(f"training ended with exit status {status}: {(said or ['it said nothing'])[0]}")
 
 
 def mean_of(lines: list[dict[str, Any]], prefix: str) -> dict[str, float]:

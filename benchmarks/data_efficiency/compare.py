@@ -93,10 +93,11 @@ class Comparison:
         if self.interval is None or self.detectable is None:
             return f"{said} in one seed: no interval, so nothing can be said of significance"
         low, high = self.interval
-        said += f" ({CONFIDENCE:.0%} interval {low:+.1f} to {high:+.1f}, {len(self.seeds)} seeds): "
-        if self.significant:
-            return f"{said}significant"
-        return f"{said}not significant; below {self.detectable:.1f} these seeds would likely have missed it"
+        verdict = "significant" if self.significant else "not significant"
+        return (
+            f"{said} ({CONFIDENCE:.0%} interval {low:+.1f} to {high:+.1f}, {len(self.seeds)} seeds, "
+            f"detectable {self.detectable:.1f}): {verdict}"
+        )
 
 
 def by_seed(rows: Sequence[Row], group: str, fraction: float, measure: str, who: str) -> dict[int, float]:

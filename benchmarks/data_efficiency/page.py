@@ -11,7 +11,6 @@ from pathlib import Path
 from benchmarks.data_efficiency.compare import (
     CONFIDENCE,
     POWER,
-    Estimate,
     by_seed,
     comparable,
     compare,
@@ -19,7 +18,7 @@ from benchmarks.data_efficiency.compare import (
     pairs_needed,
 )
 from benchmarks.data_efficiency.grid import Grid
-from benchmarks.data_efficiency.plots import draw
+from benchmarks.data_efficiency.plots import draw_needed, draw_scores
 from benchmarks.data_efficiency.rows import DONE, FAILED, Row, read_rows
 
 HEADLINES = {
@@ -115,18 +114,18 @@ class Report:
                         said.append(f"{name} at {fraction:.0%}, {found}.")
         return said
 
-    def curve(self, group: str) -> list[tuple[int, Estimate]]:
-        """Return (pairs, primary score) of a group by fraction."""
+    def means(self, group: str) -> list[tuple[int, float]]:
+        """Return (pairs, mean primary score) of a group by fraction."""
         points = []
         for fraction in self.fractions:
             pairs = {row["pairs"] for row in self.done if (row["group"], row["fraction"]) == (group, fraction)}
             found = estimate(self.values(group, fraction, PRIMARY))
-            points += [(min(pairs), found)] if found else []
+            points += [(min(pairs), found.mean)] if found else []
         return points
 
     def needed(self) -> Table:
         """Return how many pairs each group needs for the score that each other one has with all pairs."""
-        curves = {group: [(pairs, e.mean) for pairs, e in self.curve(group)] for group in self.groups}
+        curves = {group: self.means(group) for group in self.groups}
         whole = {group: curve[-1] for group, curve in curves.items() if len(curve) == len(self.fractions) > 1}
         rows = []
         for group in whole:
@@ -198,7 +197,8 @@ def write_report(grid: Grid, folder: Path, code: str) -> int:
     report = Report(grid, rows, remarks)
     if not report.done:
         raise ValueError(f"{folder} has no finished cell of this grid yet; run it without --report")
-    pictures = draw(report.done, report.groups, f"{report.split}/{PRIMARY}", HEADLINES[PRIMARY][0], folder)
+    pictures = draw_scores(report.done, report.groups, f"{report.split}/{PRIMARY}", HEADLINES[PRIMARY][0], folder)
+    pictures += draw_needed({g: report.means(g) for g in report.groups}, grid.sentences, HEADLINES[PRIMARY][0], folder)
     title, state, sentences, tables = (
         f"Data efficiency: {grid.name}",
         report.state(),
@@ -207,8 +207,8 @@ def write_report(grid: Grid, folder: Path, code: str) -> int:
     )
     notes = (
         f"Mean ± standard error over seeds. Differences are paired by seed, with {CONFIDENCE:.0%} intervals (Student's "
-        f"t), not corrected for the {len(sentences)} comparisons. What would likely have been missed is stated for a "
-        f"power of {POWER:.0%}."
+        f"t), not corrected for the {len(sentences)} comparisons. Detectable: the smallest true difference that would "
+        f"have been found significant with a power of {POWER:.0%}."
     )
     markdown = [f"# {title}", grid.about, _list(state, "- {}"), notes, MEASURES_SAID, "## Differences"]
     markdown += [_list(sentences, "- {}") or "None yet.", *(table.markdown() for table in tables)]
