@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.data_efficiency.identity import config_hash
+from benchmarks.data_efficiency.identity import ROOT, config_hash
 from benchmarks.data_efficiency.sets import SETS, Settings, merged
 
 PLAIN = ""
@@ -166,11 +166,13 @@ class Grid:
 
 
 def read_grid(path: Path) -> Grid:
-    """Read a grid file. Raises ValueError, naming the file, for what it must not hold."""
+    """Read a grid file. Raises ValueError, naming the file, for what it must not hold.
+
+    Beside Grid's keys it may have `base`, another grid file in its folder whose keys it changes, and `recipe`, a file
+    under the project's root whose settings lie under `config`.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no keys")
+        content = _read_keys(path)
         _only(content, [item.name for item in fields(Grid)], "the file")
         for name, kind in (("launch", Launch), ("data", Data), ("measure", Measure)):
             _only(content.get(name, {}), [item.name for item in fields(kind)], name)
@@ -183,6 +185,17 @@ def read_grid(path: Path) -> Grid:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _read_keys(path: Path) -> Settings:
+    """Return a file's keys, with those of its base and recipe below them."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no keys")
+    base, recipe = content.pop("base", None), content.pop("recipe", None)
+    if recipe is not None:
+        content["config"] = merged(_read_keys(ROOT / recipe), content.get("config", {}))
+    return content if base is None else merged(_read_keys(path.parent / base), content)
 
 
 def _cells(block: Mapping[str, Any]) -> Iterator[Cell]:
