@@ -15,6 +15,7 @@ BENCHMARKS = {
     "communication": "what ZeRO-0 and ZeRO-3 send in a step, counted and planned, and their speed",
     "rerank": "retrieval's re-ranking by ITM against every layer anew for each pair, and its memory",
     "tasks": "what the downstream tasks learn on scenes: pretrained, from scratch, one input blanked",
+    "data_efficiency": "what objective sets learn from fractions of the data",
     "report": "the history of what was stored, and what got worse",
 }
 
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
     """Run one benchmark; 2 when there is none of that name."""
     if argv and argv[0] in BENCHMARKS:
         return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
-    lines = [f"  {name:14} {what}" for name, what in BENCHMARKS.items()]
+    lines = [f"  {name:15} {what}" for name, what in BENCHMARKS.items()]
     print("\n".join(["usage: python -m benchmarks NAME [--help] ...", *lines]))
     return 0 if argv in (["--help"], ["-h"]) else 2
 

@@ -1,0 +1,45 @@
+"""What a cell's training computes, counted on its own batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.counting import Operations
+from simla_ds.config import Config
+from simla_ds.data.loader import PairLoader
+from simla_ds.data.text import TextTokenizer
+from simla_ds.data.visual_tokens import load_visual_tokenizer
+from simla_ds.model.simla import Simla
+from simla_ds.objectives import FeatureQueue
+from simla_ds.task import PretrainTask
+from simla_ds.teacher import Teacher
+
+COUNTED_STEPS = 4
+"""Steps that the mean is taken over; their captions differ in length."""
+
+
+def step_gflop(config: Config, ranks: int, pairs: int) -> float:
+    """Return the operations of an optimizer step in 10^9: counted on real batches, products and convolutions only.
+
+    Forward of student and teacher and the student's backward; neither the optimizer nor the visual tokeniser.
+    """
+    tokenizer = TextTokenizer(
+        Path(config.data.tokenizer), max_tokens=config.data.max_tokens, add_sep=config.model.vocabulary.add_sep
+    )
+    codes = load_visual_tokenizer(config.data.visual_tokenizer, config.model.vision.grid)
+    loader = PairLoader(config, tokenizer, codes.view_size)
+    if loader.epoch_size != pairs:
+        raise RuntimeError(f"{config.data.train} holds {loader.epoch_size} pairs, the cell is one of {pairs}")
+    model = Simla(config.model)
+    queue = FeatureQueue.random(config.objectives.itc.queue_size, config.model.projection_size)
+    task = PretrainTask(model, Teacher(model, dropout=False, dtype=torch.float32), queue, config).train()
+    count = COUNTED_STEPS * config.objectives.xmm.every
+    with Operations() as operations:
+        for step in range(count):
+            batch = next(loader)
+            batch["visual_ids"] = codes(batch.pop("visual_view"))
+            task(batch, alpha=config.objectives.alpha, step=step)["loss"].backward()
+    loader.close()
+    return 1e-9 * operations.total / count * config.train.grad_accumulation * ranks

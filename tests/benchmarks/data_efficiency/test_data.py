@@ -1,0 +1,84 @@
+"""Subsets, start weights, and what a row is identified by."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.data_efficiency import identity
+from benchmarks.data_efficiency.data import Pairs, completed, with_start_weights
+from benchmarks.data_efficiency.data import identity as config_identity
+from simla_ds.config import Config, ModelConfig, StreamConfig, TrainConfig, VisionConfig
+from simla_ds.data.shards import find_shards, open_shard
+from simla_ds.hub import load_model_folder
+from simla_ds.model.simla import Simla
+
+VISION = VisionConfig(image_size=64, patch_size=16, width=16, layers=1, heads=2)
+STREAM = StreamConfig(layers=4, text_layers=2, fusion_layers=2, width=16, heads=2, intermediate_size=32)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    scenes = {"train": 50, "size": 64, "grid": 4, "codebook_size": 8, "vocabulary_size": 600, "workers": 1}
+    return Pairs(tmp_path_factory.mktemp("work"), {**scenes, "splits": {"test": 4}, "shard_size": 20})
+
+
+def keys(folder: str) -> set[str]:
+    return {shard.key(i) for path in find_shards(folder) for shard in [open_shard(path)] for i in range(len(shard))}
+
+
+def config(stream: StreamConfig = STREAM, seed: int = 0) -> Config:
+    return Config(model=ModelConfig(vision=VISION, stream=stream), train=TrainConfig(seed=seed))
+
+
+def test_a_smaller_share_is_part_of_a_larger_one_and_another_seed_chooses_others(pairs: Pairs):
+    tenth, fifth, other = (keys(pairs.subset(f, seed)) for f, seed in ((0.1, 0), (0.2, 0), (0.2, 1)))
+    assert [len(chosen) for chosen in (tenth, fifth, other)] == [5, 10, 10]
+    assert tenth < fifth < keys(pairs.subset(1.0, 0))
+    assert fifth != other
+
+
+def test_a_queue_is_at_most_a_quarter_of_the_cells_pairs(pairs: Pairs):
+    for fraction, size in ((0.2, 2), (1.0, 6)):
+        assert completed(config(), pairs, fraction, queue_size=6).objectives.itc.queue_size == size
+
+
+def test_another_stack_starts_from_the_same_weights_where_shapes_agree(pairs: Pairs, tmp_path: Path):
+    base = completed(config(seed=3), pairs, 1.0, 0)
+    albef = completed(config(replace(STREAM, shared=False, token_types=True), seed=3), pairs, 1.0, 0)
+    assert with_start_weights(base, base, tmp_path / "none") == base
+    started = with_start_weights(albef, base, tmp_path / "albef")
+    network, model = load_model_folder(Path(started.init.checkpoint))
+    torch.manual_seed(3)  # what launch/pretrain.py starts the other sets from
+    shared = dict(Simla(replace(model, stream=STREAM)).named_parameters())
+    torch.manual_seed(3)
+    alone = dict(Simla(model).named_parameters())
+    own = {name for name, parameter in network.named_parameters() if name not in shared}
+    assert own == {"stream.embeddings.token_type.weight"}
+    assert all(torch.equal(parameter, shared[n]) for n, parameter in network.named_parameters() if n not in own)
+    assert not all(torch.equal(parameter, shared[n]) for n, parameter in alone.items() if n not in own)
+
+
+def test_paths_are_no_part_of_a_configurations_identity(pairs: Pairs):
+    one, other = config(), completed(config(), pairs, 1.0, 0)
+    assert config_identity(one) == config_identity(replace(other, output="elsewhere"))
+    assert config_identity(one) != config_identity(config(seed=1))
+
+
+def test_the_code_hash_covers_what_trains_and_measures_a_cell_and_not_the_report(monkeypatch: pytest.MonkeyPatch):
+    files = {str(path.relative_to(identity.ROOT)) for path in identity.code_files()}
+    needed = {"launch/pretrain.py", "simla_ds/objectives/psl.py", "simla_ds/data/scenes/captions.py"}
+    needed |= {"kernels/simla_kernels/linear_soft_bce.py", "simla_ds/downstream/probes.py"}
+    needed |= {"benchmarks/data_efficiency/measures.py"}
+    assert needed <= files
+    assert not {"benchmarks/data_efficiency/page.py", "simla_ds/cli.py", "simla_ds/downstream/vqa.py"} & files
+
+
+def test_the_code_hash_changes_with_a_files_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(identity, "ROOT", tmp_path)
+    monkeypatch.setattr(identity, "code_files", lambda: (tmp_path / "a.py",))
+    before = identity.code_hash.__wrapped__()
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert identity.code_hash.__wrapped__() != before
