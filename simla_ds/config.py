@@ -345,7 +345,7 @@ class DataConfig:
     tokenizer: str = ""
     """Folder of a Hugging Face tokenizer. Empty: `tokenizer` beside the (first source's) shards' folder."""
     visual_tokenizer: str = ""
-    """Folder of a patch codebook or of a FlavaImageCodebook. Empty: `visual_tokens` beside that folder."""
+    """Folder of a patch codebook or of a FlavaImageCodebook, for XMM. Empty: `visual_tokens` beside that folder."""
     scenes_dir: str = "data/scenes"
     """Folder of the embedded scenes."""
     scenes_train: int = 20_000
@@ -551,6 +551,11 @@ class Config:
     def official(self) -> bool:
         """Whether the published arithmetic is asked for."""
         return self.objectives.fidelity == "official"
+
+    @property
+    def reads_visual_tokens(self) -> bool:
+        """Whether the run needs a visual tokeniser."""
+        return self.objectives.xmm.weight > 0
 
     @property
     def visible_patches(self) -> int:
