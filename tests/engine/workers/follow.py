@@ -186,8 +186,8 @@ def teacher_weights(teacher: Teacher, batch: Any) -> dict[str, Tensor]:
 
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """Return the largest difference of any element."""
-    return max((left[name].double() - right[name].double()).abs().max().item() for name in right)
+    """Return the largest difference of any element; not a number when one of them is none."""
+    return torch.stack([(left[name].double() - right[name].double()).abs().max() for name in right]).max().item()
 
 
 def difference(left: Path, right: Path) -> float:
