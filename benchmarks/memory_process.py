@@ -93,7 +93,7 @@ def measure(arguments: list[str], output: Path, ranks: Ranks) -> dict[str, Any]:
     )
     batch = planned.parts["batch"]  # gone when the step has ended
     return {
-        "parameters": parameters,
+        "parameters": parameters.total,
         "precision": next(name for name, known in DTYPES.items() if known == dtype),
         "zero": str(Zero.of(settings)),
         "ranks": ranks.world_size,
