@@ -88,7 +88,12 @@ def measure(scenes: str, out: Path, steps: int) -> None:
         parameters = count_parameters(trainer.config.model)
         zero = Zero.of(json.loads(files[stage].read_text()))
         planned = bytes_sent(trainer.config, zero, ranks.world_size, 4, parameters)
-        found[stage] = {"parameters": parameters, "sent": dict(sent.bytes), "planned": vars(planned), "seconds": []}
+        found[stage] = {
+            "parameters": parameters.total,
+            "sent": dict(sent.bytes),
+            "planned": vars(planned),
+            "seconds": [],
+        }
     for _ in range(steps):
         for stage, trainer in trainers.items():
             started = time.perf_counter()

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def measure(arguments: list[str], output: Path, ranks: Ranks) -> dict[str, Any]:
     before = _forget_peak()
     _train(config, launch.deepspeed, ranks)
     peak_rss = _mib("VmHWM") - before
+    gc.collect()  # what is let go of while allocations are counted would be subtracted
     with Allocations() as allocations:
         trainer = _train(config, launch.deepspeed, ranks)
     settings = json.loads(Path(launch.deepspeed).read_text()) if launch.deepspeed else {}
@@ -93,7 +95,7 @@ def measure(arguments: list[str], output: Path, ranks: Ranks) -> dict[str, Any]:
     )
     batch = planned.parts["batch"]  # gone when the step has ended
     return {
-        "parameters": parameters,
+        "parameters": parameters.total,
         "precision": next(name for name, known in DTYPES.items() if known == dtype),
         "zero": str(Zero.of(settings)),
         "ranks": ranks.world_size,
@@ -112,6 +114,8 @@ def _train(config: Config, deepspeed_json: str | None, ranks: Ranks) -> Trainer:
     for _ in range(STEPS):
         with record_function("span:step"):
             trainer._optimizer_step()
+            time.sleep(0.1)  # gloo's threads let go of buffers, unseen until
+            torch.empty(1)  # this thread allocates again
     trainer.loader.close()
     trainer.stop.close()
     trainer.metrics.close()

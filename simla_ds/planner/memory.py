@@ -109,23 +109,45 @@ class Memory:
         return self.resident + max(backward, self.gradients + self.step, self.refresh)
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Return P, without making the weights."""
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """How many there are."""
+
+    encoder: int
+    """In the layers of the image encoder."""
+    stream: int
+    """In the layers of the stream."""
+    outside: int
+    """In embeddings, heads and whatever else is no layer."""
+
+    @property
+    def total(self) -> int:
+        """P."""
+        return self.encoder + self.stream + self.outside
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    """Count a model's, without making its weights."""
     with torch.device("meta"):
-        return sum(p.numel() for p in Simla(config).parameters())
+        model = Simla(config)
+    total, encoder, stream = (
+        sum(p.numel() for p in module.parameters())
+        for module in (model, model.image_encoder.blocks, model.stream.layers)
+    )
+    return Parameters(encoder=encoder, stream=stream, outside=total - encoder - stream)
 
 
 def plan_memory(
-    config: Config, shape: StepShape, zero: Zero, ranks: int, size: int, parameters: int, *, cpu: bool = False
+    config: Config, shape: StepShape, zero: Zero, ranks: int, size: int, parameters: Parameters, *, cpu: bool = False
 ) -> Memory:
     """Return what one rank holds.
 
     Args:
         config: model, queue, checkpointing. shape: its micro-batch.
         zero: stage and buckets. ranks: n. size: bytes of a number in the training dtype.
-        parameters: P. cpu: trained on a CPU, whose attention pads and whose heads have smaller chunks.
+        parameters: counted. cpu: trained on a CPU, whose attention pads and whose heads have smaller chunks.
     """
-    whole, share = float(parameters), parameters / (ranks if zero.stage else 1)
+    whole, share = float(parameters.total), parameters.total / (ranks if zero.stage else 1)
     kept = activations(config, shape, size, padded=cpu, checkpointing=config.train.activation_checkpointing)
     gradients = _gradients(whole, share, size, zero)
     parts = {
@@ -133,7 +155,7 @@ def plan_memory(
         # float32 weights and two moments; in float32 stage 0 needs no second copy of the weights
         "optimizer": FULL * share * (3 if zero.stage or size < FULL else 2),
         "gradients": gradients.resident,
-        **_teacher(whole, share, size, zero.stage, ranks),
+        **_teacher(parameters, share, size, zero.stage, ranks),
         "queue": config.objectives.itc.queue_size * (2 * config.model.projection_size * FULL + 8),
         "batch": shape.pairs * 3 * config.model.vision.image_size**2 * FULL,
         "buckets": FULL * zero.bucket if zero.stage == 3 else 0.0,
@@ -154,19 +176,21 @@ def plan_memory(
         gathered=size * live,
         buckets=gradients.bucket,
         step=gradients.step,
-        refresh=size * min(whole, TEACHER_BUCKET) * (1 + 1 / ranks) if zero.stage and ranks > 1 else 0.0,
+        refresh=size * min(whole, TEACHER_BUCKET) * (1 + 1 / ranks) if zero.stage in (1, 2) and ranks > 1 else 0.0,
         host=host + sum(parts[name] for name in away),
     )
 
 
-def _teacher(whole: float, share: float, size: int, stage: int, ranks: int) -> dict[str, float]:
-    """The float32 master, of which each rank averages its share, and the whole copy that computes.
+def _teacher(parameters: Parameters, share: float, size: int, stage: int, ranks: int) -> dict[str, float]:
+    """The float32 master, of which each rank averages its share, and the copy that computes.
 
-    In float32 a parameter that a rank holds whole is both: all of them alone or at stage 0, most at stages 1 and 2.
+    The copy is whole, but at stage 3 layers are filled for their forward alone. In float32 a parameter that a rank
+    holds whole is both: all of them alone or at stage 0, most at stages 1 and 2.
     """
+    master = FULL * share
     if size == FULL and (stage < 3 or ranks == 1):
-        return {"teacher": FULL * share, "teacher copy": FULL * (whole - share)}
-    return {"teacher": FULL * share, "teacher copy": size * whole}
+        return {"teacher": master, "teacher copy": FULL * (parameters.total - share)}
+    return {"teacher": master, "teacher copy": size * (parameters.outside if stage == 3 else parameters.total)}
 
 
 class _Gradients(NamedTuple):

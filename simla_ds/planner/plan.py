@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simla_ds.config import Config, VocabularyConfig
 from simla_ds.planner.cards import GIB, Card
-from simla_ds.planner.memory import FULL, Memory, Zero, count_parameters, plan_memory
+from simla_ds.planner.memory import FULL, Memory, Parameters, Zero, count_parameters, plan_memory
 from simla_ds.planner.shape import CAPTION_TOKENS, StepShape
 from simla_ds.planner.speed import Seconds, Sent, bytes_sent, step_seconds
 
@@ -62,7 +62,7 @@ class Plan:
     config: Config
     hardware: Hardware
     precision: str
-    parameters: int
+    parameters: Parameters
     pairs: int
     assumed_vocabulary: bool
     rows: list[Row]
@@ -110,7 +110,7 @@ def make_plan(
 
 
 def _row(
-    config: Config, hardware: Hardware, zero: Zero, size: int, parameters: int, pairs: int, caption_tokens: float
+    config: Config, hardware: Hardware, zero: Zero, size: int, parameters: Parameters, pairs: int, caption_tokens: float
 ) -> Row:
     room = hardware.card.memory - (0 if hardware.card.cpu else RESERVED)
 

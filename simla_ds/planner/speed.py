@@ -1,6 +1,6 @@
 """Seconds of an optimizer step: arithmetic at a stated share of the peak, and what is sent, at the links' bandwidth.
 
-Nothing is taken to overlap, so that a run that overlaps them is faster. n ranks, P parameters; a ring sends
+Nothing is taken to overlap, so that a run that overlaps them is faster. n ranks; a ring sends
 (n - 1) / n of a tensor to gather or to scatter it, twice that to reduce it on every rank.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from simla_ds.config import Config
 from simla_ds.planner.cards import Card
-from simla_ds.planner.memory import FULL, Zero
+from simla_ds.planner.memory import FULL, Parameters, Zero
 from simla_ds.planner.operations import recomputed_operations, step_operations
 from simla_ds.planner.shape import StepShape
 
@@ -28,7 +28,7 @@ class Sent:
     weights: float
     """Gathered by the optimizer at stages 1 and 2, by the forward and backward passes at stage 3."""
     teacher: float
-    """To refresh the copy that computes."""
+    """For the copy that computes: after the step at stages 1 and 2, at every forward of a layer at stage 3."""
     features: float
     """The contrast's keys."""
 
@@ -38,20 +38,24 @@ class Sent:
         return self.gradients + self.weights + self.teacher + self.features
 
 
-def bytes_sent(config: Config, zero: Zero, ranks: int, size: int, parameters: int) -> Sent:
+def bytes_sent(config: Config, zero: Zero, ranks: int, size: int, parameters: Parameters) -> Sent:
     """Return what one rank sends; gradients travel in float32 (communication_data_type of ds_configs)."""
-    ring, micro = (ranks - 1) / ranks, config.train.grad_accumulation
-    gradients = ring * FULL * parameters
+    ring, micro, whole = (ranks - 1) / ranks, config.train.grad_accumulation, parameters.total
+    gradients = ring * FULL * whole
     gradients *= micro if zero.stage == 3 else 2 * (micro if zero.stage == 2 else 1)  # stages 0 to 2 reduce everywhere
-    weights = ring * size * parameters if zero.stage else 0.0
+    weights = ring * size * whole if zero.stage else 0.0
+    teacher = weights
     if zero.stage == 3:  # what is not kept whole between forward and backward is gathered twice
-        weights *= micro * (1 + max(0.0, 1 - zero.live / parameters))
+        weights *= micro * (1 + max(0.0, 1 - zero.live / whole))
+        stream = config.model.stream.text_depth / config.model.stream.depth + 1 + config.objectives.xmm.distill
+        # its layers at each of their forwards: text, text over image, image over text
+        teacher = ring * size * (parameters.outside + micro * (parameters.encoder + stream * parameters.stream))
     keys = config.train.batch_size * (2 * config.model.projection_size * FULL + 8)
     keys *= 2 if config.objectives.itc.queue_size else 1  # once for the contrast, once for the queue
     return Sent(
         gradients=gradients,
         weights=weights,
-        teacher=ring * size * parameters if zero.stage else 0.0,
+        teacher=teacher,
         features=(ranks - 1) * keys * micro,
     )
 
@@ -78,14 +82,14 @@ def step_seconds(
     nodes: int,
     ranks: int,
     size: int,
-    parameters: int,
+    parameters: Parameters,
     utilisation: float,
 ) -> Seconds:
     """Return the seconds of an optimizer step of train.grad_accumulation micro-steps."""
     operations = step_operations(config, shape)
     if config.train.activation_checkpointing:
         operations += recomputed_operations(config, shape)
-    share = parameters / (ranks if zero.stage else 1)
+    share = parameters.total / (ranks if zero.stage else 1)
     optimizer = TOUCHED * share / card.bandwidth
     if zero.offload_optimizer:
         optimizer = (TOUCHED + FULL + size) * share / HOST

@@ -44,7 +44,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "computed": True,
         "precision": plan.precision,
-        "parameters": plan.parameters,
+        "parameters": {**asdict(plan.parameters), "total": plan.parameters.total},
         "pairs": plan.pairs,
         "hardware": asdict(plan.hardware),
         "assumed_vocabulary": plan.assumed_vocabulary,
@@ -55,9 +55,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _title(plan: Plan) -> str:
     hardware, train = plan.hardware, plan.config.train
     return (
-        f"{plan.parameters / 1e6:.1f} M parameters, {plan.precision}, {hardware.nodes} node(s) x {hardware.cards} "
-        f"card(s) of {hardware.card.memory / GIB:.1f} GiB, {train.batch_size} pairs a card and micro-step x "
-        f"{train.grad_accumulation}, {plan.pairs:,} pairs in all. Everything is computed, nothing measured."
+        f"{plan.parameters.total / 1e6:.1f} M parameters, {plan.precision}, {hardware.nodes} node(s) x "
+        f"{hardware.cards} card(s) of {hardware.card.memory / GIB:.1f} GiB, {train.batch_size} pairs a card and "
+        f"micro-step x {train.grad_accumulation}, {plan.pairs:,} pairs in all. Everything here is computed and nothing "
+        "measured."
     )
 
 
@@ -103,8 +104,8 @@ def _notes(plan: Plan) -> str:
     )
     columns = (
         "recompute: train.activation_checkpointing. optimizer: float32 weights and AdamW's moments. teacher: float32 "
-        "master and the copy that computes. buckets: DeepSpeed's, and weights that are whole meanwhile at stage 3. "
-        "host: what is offloaded."
+        "master and the copy that computes (at stage 3 a layer at a time). buckets: DeepSpeed's, and weights that are "
+        "whole meanwhile at stage 3. host: what is offloaded."
     )
     speed = (
         f"Speed: the step's operations at {hardware.utilisation:.0%} of {hardware.card.flops / 1e12:g} TFLOP/s "

@@ -105,6 +105,7 @@ def test_a_lost_rank_comes_back_by_itself(tmp_path, data):
     check_whole(run / "checkpoints" / f"step_{steps:08d}")
 
 
+@pytest.mark.slow
 def test_restarts_come_to_an_end(tmp_path):
     """A run that cannot start is tried so often and no more; every start says which it is."""
     log = tmp_path / "log"

@@ -1,0 +1,38 @@
+"""Bytes that a rank sends in a step, counted at c10d, against the plan's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.communication import RANKS, Sent, table
+from benchmarks.launching import launch
+from tests.engine.runs import scenes
+
+
+def test_a_ring_of_one_sends_nothing_and_of_four_three_quarters(tmp_path: Path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        for ranks, share in ((1, 0.0), (4, 0.75)):
+            with Sent(ranks) as sent:
+                dist.all_reduce(torch.ones(1000))
+                dist.all_gather([torch.empty(500)], torch.ones(500))
+                dist.broadcast(torch.ones(10), 0)
+            found = {kind.split()[0]: number for kind, number in sent.bytes.items()}
+            assert found == {"gradients": 8000 * share, "gathered": 2000 * share, "broadcast": 40 * share}
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+def test_a_step_sends_what_the_plan_says(tmp_path: Path):
+    out = tmp_path / "found.json"
+    launch("benchmarks.communication", RANKS, str(scenes(tmp_path)), str(out), "1")
+    found = json.loads(out.read_text())
+    for stage, one in found.items():
+        counted, planned = sum(one["sent"].values()), sum(one["planned"].values())
+        assert counted == pytest.approx(planned, rel=0.05), (stage, one)
+    assert "Throughput of ZeRO-3 over ZeRO-0" in "\n".join(table(found))
