@@ -53,7 +53,7 @@ def parts(tmp_path_factory):
     train_tokenizer(captions, root / "tokenizer", 100)
     generator = torch.Generator().manual_seed(0)
     views = torch.rand(20, 3, 4 * GRID, 4 * GRID, generator=generator)
-    fit_codebook(views, root / "visual_tokens", codes=16, grid=GRID, seed=0)
+    fit_codebook(views, codes=16, grid=GRID, seed=0).save(root / "visual_tokens")
     tokenizer = TextTokenizer(root / "tokenizer")
     codebook = load_visual_tokenizer(root / "visual_tokens", GRID)
     vocabulary = replace(tokenizer.vocabulary, visual_size=codebook.vocabulary_size)

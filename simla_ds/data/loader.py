@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from simla_ds.config import Config
 from simla_ds.data.batch import Pair, PairMaker, Tokenizer, collate
 from simla_ds.data.order import EpochOrder, Order, Stream, WeightedOrder, sample_generator
-from simla_ds.data.remote import ShardCache, open_shards
+from simla_ds.data.remote import ShardCache, ShardChanged, open_shards
 from simla_ds.data.sample import Reason, SkipSample, stable_hash
 from simla_ds.data.shards import ShardFiles, find_shards
 from simla_ds.types import Batch
@@ -116,6 +116,8 @@ def read_pair(files: ShardFiles, maker: PairMaker, shard: int, number: int, seed
     """Sample `number` of a shard with the random draws of (seed, index). Raises SkipSample."""
     try:
         members = files.read(shard, number)
+    except ShardChanged:
+        raise SkipSample("shard changed") from None
     except OSError:
         raise SkipSample("sample unreadable") from None
     return maker.make(files.shards[shard].key(number), members, sample_generator(seed, index))

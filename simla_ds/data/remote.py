@@ -3,6 +3,8 @@
 The exact global order needs every shard's index at the start and any sample at any time. So indexes are fetched first
 (`simla prepare` leaves one beside each shard) or made once from the whole shard and kept; shards come when the order
 reaches them and stay, least recently used first out, within a limit. All processes of a machine share the cache.
+What a server says of a shard (bytes, ETag or date) is kept with its index: one that has changed is fetched again at the
+next start; one that changes during a run is refused, since the index is of the old one.
 """
 
 from __future__ import annotations
@@ -12,16 +14,18 @@ import fcntl
 import os
 import random
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from simla_ds.data.shards import REMOTE, Shard, index_tar, load_index, open_shard, save_index
+from simla_ds.data.shards import INDEX_VERSION, REMOTE, Shard, index_tar, load_index, open_shard, save_index
 
+T = TypeVar("T")
 FIRST_WAIT, LONGEST_WAIT = 0.2, 30.0
 """Seconds before the second try, and at most; doubled each time, with chance so that ranks do not come back at once."""
 _AT_ONCE = 8
@@ -39,6 +43,10 @@ def open_shards(paths: list[str], cache: ShardCache) -> list[Shard]:
         return list(pool.map(opened, paths))
 
 
+class ShardChanged(OSError):
+    """A shard is not the one that was indexed."""
+
+
 class ShardCache:
     """Local copies of remote shards, at most `limit` bytes of them. Safe to copy into worker processes."""
 
@@ -46,25 +54,41 @@ class ShardCache:
         self.folder, self.limit, self.tries = folder, limit, tries
         self.retried = 0
         """Fetches that failed and were tried again, in this process."""
+        self._stamps: dict[str, dict[str, Any]] = {}
+        """What index() found."""
 
     def index(self, url: str) -> Shard:
-        """Index of a remote shard. Raises OSError when it can't be had in `tries` tries."""
+        """Index of a remote shard, of what is there now. Raises OSError when it can't be had in `tries` tries."""
         kept = self._path(url).with_suffix(".index.npz")
-        found = load_index(str(kept), url)
-        if found is not None:
-            return found
         kept.parent.mkdir(parents=True, exist_ok=True)
-        if not url.startswith("pipe:"):
-            with contextlib.suppress(FileNotFoundError, PermissionError):  # none beside it: made from the shard
-                self._retry(lambda: _download(f"{url}.index.npz", kept))
-                found = load_index(str(kept), url)
-        if found is None:
-            found = index_tar(str(self.fetch(url)))
-            save_index(str(kept), found)
+        with _locked(kept.with_suffix(".lock")):
+            stamp = self._ask(url)
+            found = load_index(str(kept), url, {"version": INDEX_VERSION, **stamp})
+            if found is None:
+                if kept.is_file():
+                    print(f"{url} is not what was fetched before ({stamp}): fetched again", file=sys.stderr)
+                self._path(url).unlink(missing_ok=True)
+                found = self._new_index(url, kept)
+                save_index(str(kept), found, {"version": INDEX_VERSION, **stamp})
+            self._stamps[url] = stamp
         return replace(found, path=url)
 
+    def _new_index(self, url: str, kept: Path) -> Shard:
+        """The index beside the shard where there is one, or else made from the shard."""
+        if not url.startswith("pipe:"):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                self._retry(lambda: _download(f"{url}.index.npz", kept))
+                if found := load_index(str(kept), url):
+                    return found
+        return index_tar(str(self.fetch(url)))
+
+    def _ask(self, url: str) -> dict[str, Any]:
+        """What tells whether a shard is still the same; nothing of a command, or of a server that does not say."""
+        return {} if url.startswith("pipe:") else self._retry(lambda: _stamp(url))
+
     def fetch(self, url: str) -> Path:
-        """Path of the local copy, fetched when there is none. Raises OSError when it can't be had in `tries` tries.
+        """Path of the local copy, fetched when there is none. Raises OSError when it can't be had in `tries` tries, and
+        ShardChanged when it is not what index() found.
 
         Open it at once: it may be put out later, which does not disturb those who have it open.
         """
@@ -75,13 +99,16 @@ class ShardCache:
                 os.utime(path)
             else:
                 self._retry(lambda: _download(url, path))
+                if url in self._stamps and self._ask(url) != self._stamps[url]:
+                    path.unlink()
+                    raise ShardChanged(f"{url} has changed since this run began")
                 self._put_out(path)
         return path
 
     def _path(self, url: str) -> Path:
         return self.folder / f"{blake2b(url.encode(), digest_size=16).hexdigest()}.tar"
 
-    def _retry(self, fetch: Callable[[], None]) -> None:
+    def _retry(self, fetch: Callable[[], T]) -> T:
         wait = FIRST_WAIT
         for left in reversed(range(self.tries)):
             try:
@@ -94,7 +121,7 @@ class ShardCache:
             self.retried += 1
             time.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, LONGEST_WAIT)
-        return None
+        raise AssertionError("the last try returns or raises")
 
     def _put_out(self, keep: Path) -> None:
         """Remove the copies used longest ago until the rest is within the limit; `keep` stays."""
@@ -120,6 +147,21 @@ def listing(url: str) -> list[str]:
         return [system.unstrip_protocol(found) for found in sorted(system.glob(pattern))]
     except Exception as error:
         raise OSError(f"{url} cannot be listed: {' '.join(str(error).split())}") from error
+
+
+def _stamp(url: str) -> dict[str, Any]:
+    """Bytes and ETag (or date) of a remote file, as far as its server says them. Raises whatever goes wrong."""
+    system, path = _system(url)
+    system.invalidate_cache()
+    try:
+        info = system.info(path)
+    except FileNotFoundError as error:  # fsspec's word over http for whatever went wrong
+        if error.__cause__ is None or getattr(error.__cause__, "status", 0) in (404, 410):
+            raise
+        raise error.__cause__ from None
+    tags = (info.get(name) for name in ("ETag", "etag", "Last-Modified", "LastModified", "mtime", "created"))
+    said = {"bytes": info.get("size"), "tag": next((str(tag) for tag in tags if tag), None)}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _download(url: str, path: Path) -> None:

@@ -37,6 +37,7 @@ Reason = Literal[
     "shard truncated",
     "shard unreadable",
     "shard empty",
+    "shard changed",
 ]
 """Every reason to skip a sample or the rest of a shard, as they are counted in metrics.jsonl."""
 REASONS: tuple[Reason, ...] = get_args(Reason)

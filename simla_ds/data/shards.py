@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,7 +36,7 @@ REMOTE = ("pipe:", "http://", "https://", "s3://", "gs://", "az://", "hf://", "m
 """How names of shards begin that have to be fetched."""
 
 _BLOCK = 512
-_INDEX_VERSION = 1
+INDEX_VERSION = 1
 _ARRAYS = ("names", "name_ends", "member_ends", "members")
 
 
@@ -177,12 +177,12 @@ def open_shard(path: str) -> Shard:
     return shard
 
 
-def load_index(file: str, path: str, stamp: Mapping[str, int] | None = None) -> Shard | None:
+def load_index(file: str, path: str, stamp: Mapping[str, Any] | None = None) -> Shard | None:
     """The stored index of the tar at `path`; None when there is none, or of another version, or with another stamp."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             header = json.loads(stored["header"].tobytes())
-            if all(header[name] == value for name, value in (stamp or {"version": _INDEX_VERSION}).items()):
+            if all(header[name] == value for name, value in (stamp or {"version": INDEX_VERSION}).items()):
                 arrays = {name: stored[name] for name in _ARRAYS}
                 extensions, note = tuple(header["extensions"]), header.get("note", "")
                 return Shard(path, **arrays, extensions=extensions, problem=header["problem"], note=note)
@@ -378,14 +378,14 @@ def _sidecar(path: str) -> str:
 def _stamp(path: str) -> dict[str, int]:
     """What tells whether a stored index is of this very tar. Raises OSError."""
     status = os.stat(path)
-    return {"version": _INDEX_VERSION, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return {"version": INDEX_VERSION, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def save_index(file: str, shard: Shard, stamp: Mapping[str, int] | None = None) -> None:
+def save_index(file: str, shard: Shard, stamp: Mapping[str, Any] | None = None) -> None:
     """Write an index under a temporary name, then rename. stamp: what load_index is to find. Raises OSError."""
     temporary = f"{file}.{os.getpid()}"
     said = {"extensions": shard.extensions, "problem": shard.problem, "note": shard.note}
-    header = json.dumps({**(stamp or {"version": _INDEX_VERSION}), **said}).encode()
+    header = json.dumps({**(stamp or {"version": INDEX_VERSION}), **said}).encode()
     arrays = {name: getattr(shard, name) for name in _ARRAYS}
     try:
         with open(temporary, "wb") as opened:

@@ -60,6 +60,19 @@ class PatchCodebook:
         patches = _patches(view.float())
         return _nearest(patches.flatten(0, 1), self.codes)[0].view(patches.shape[:2])
 
+    def decode(self, ids: Tensor) -> Tensor:
+        """(B, P) int64 ids to the pictures they stand for, (B, 3, V, V)."""
+        size = self.view_size
+        return F.fold(self.codes[ids].transpose(1, 2), (size, size), kernel_size=PATCH, stride=PATCH)
+
+    def save(self, folder: Path) -> None:
+        """Write codebook.safetensors and config.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"codes": self.codes}, folder / "codebook.safetensors")
+        size, codes = self.view_size, self.vocabulary_size
+        settings = {"kind": _KIND, "grid": size // PATCH, "view_size": size, "patch": PATCH, "codes": codes}
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
     def to(self, device: torch.device | str) -> Self:
         """Move the codes; return itself."""
         self.codes = self.codes.to(device)
@@ -131,8 +144,8 @@ def load_visual_tokenizer(folder: str | Path, grid: int) -> VisualTokenizer:
     )
 
 
-def fit_codebook(views: Iterable[Tensor], out: Path, *, codes: int, grid: int, seed: int) -> None:
-    """Fit codes patches by k-means to views and save out/codebook.safetensors and out/config.json.
+def fit_codebook(views: Iterable[Tensor], *, codes: int, grid: int, seed: int) -> PatchCodebook:
+    """Fit codes patches by k-means to views.
 
     views: (3, V, V) floats in [0, 1] with V = 4 * grid. Deterministic by seed. Raises ValueError when the views are of
     another size or hold fewer patches than codes.
@@ -141,11 +154,7 @@ def fit_codebook(views: Iterable[Tensor], out: Path, *, codes: int, grid: int, s
     patches = _sample_patches(views, grid, generator)
     if len(patches) < codes:
         raise ValueError(f"{len(patches)} patches cannot make {codes} visual tokens; give more pictures or fewer codes")
-    centres = _kmeans(patches, codes, generator)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({"codes": centres}, out / "codebook.safetensors")
-    settings = {"kind": _KIND, "grid": grid, "view_size": PATCH * grid, "patch": PATCH, "codes": codes}
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return PatchCodebook(_kmeans(patches, codes, generator), grid)
 
 
 def _check_view(view: Tensor, size: int) -> None:

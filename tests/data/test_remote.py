@@ -1,5 +1,6 @@
 """Remote shards: the same batches as from local ones, over a server that fails, in a cache that stays small."""
 
+import os
 import shlex
 import threading
 from collections import Counter
@@ -9,6 +10,7 @@ import pytest
 
 from simla_ds.data.loader import PairDataset
 from simla_ds.data.remote import ShardCache, open_shards
+from simla_ds.data.sample import stable_hash
 from simla_ds.data.shards import ShardFiles, find_shards, open_shard, write_shards
 from tests.data.loopback import serving
 from tests.data.test_loader import COUNT, good, ids, keys, loader, same, take
@@ -103,6 +105,42 @@ def test_a_shard_that_cannot_be_had_is_skipped_sample_by_sample(shards, tmp_path
     assert Counter(found) == keys(bad=range(14, 21))
     assert source.skipped.keys() <= {"sample unreadable"}
     assert source.retried >= 1
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_shard_that_has_changed_is_fetched_again_with_a_line(shards, tmp_path, monkeypatch, capsys, indexed):
+    if not indexed:
+        for path in shards.glob("*.npz"):
+            path.unlink()
+    with serving(shards) as (address, faults):
+        before = ids(take(remote(address + NAMES, tmp_path, monkeypatch), 11))
+        for path in (shards / "shard-000003.tar", shards / "shard-000003.tar.index.npz"):
+            path.unlink(missing_ok=True)
+        other = ((f"9{key}", members) for key, members in list(good())[21:28])
+        (changed,) = write_shards(other, tmp_path / "other", 7)
+        changed.rename(shards / "shard-000003.tar")
+        os.utime(shards / "shard-000003.tar", (1, 1))
+        if indexed:
+            open_shard(str(shards / "shard-000003.tar"))
+        capsys.readouterr()
+        after = ids(take(remote(address + NAMES, tmp_path, monkeypatch), 11))
+    expected = keys(bad=range(21, 28)) + Counter(stable_hash(f"9{i:04d}") for i in range(21, 28))
+    assert Counter(before[:COUNT]) == keys()
+    assert Counter(after[:COUNT]) == expected
+    said = capsys.readouterr().err
+    assert "shard-000003.tar is not what was fetched before" in said
+    assert said.count("fetched again") == 1
+    assert faults.requests["shard-000003.tar"] == 2
+    assert faults.requests["shard-000004.tar"] == 1
+
+
+def test_a_shard_that_changes_during_a_run_is_refused(shards, tmp_path, monkeypatch):
+    with serving(shards) as (address, _):
+        source = remote(address + NAMES, tmp_path, monkeypatch, batch_size=COUNT - 7)
+        os.utime(shards / "shard-000003.tar", (1, 1))  # not yet fetched
+        found = ids(take(source, 1))
+    assert Counter(found) == keys(bad=range(21, 28))
+    assert source.skipped.keys() <= {"shard changed"}
 
 
 def test_a_server_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ def coloured_views(count=60, grid=GRID, seed=0):
 @pytest.fixture(scope="module")
 def codebook(tmp_path_factory):
     out = tmp_path_factory.mktemp("codebook")
-    fit_codebook(iter(coloured_views()[0]), out, codes=CODES, grid=GRID, seed=0)
+    fit_codebook(iter(coloured_views()[0]), codes=CODES, grid=GRID, seed=0).save(out)
     return out
 
 
@@ -56,7 +56,7 @@ def test_codes_are_the_nearest_by_exact_distance(codebook):
 
 def test_fitting_twice_gives_the_same_bytes_and_another_seed_does_not(codebook, tmp_path):
     for name, seed in (("same", 0), ("other", 1)):
-        fit_codebook(coloured_views()[0], tmp_path / name, codes=CODES, grid=GRID, seed=seed)
+        fit_codebook(coloured_views()[0], codes=CODES, grid=GRID, seed=seed).save(tmp_path / name)
     same, other, first = (
         folder / "codebook.safetensors" for folder in (tmp_path / "same", tmp_path / "other", codebook)
     )
@@ -69,12 +69,12 @@ def test_fitting_twice_gives_the_same_bytes_and_another_seed_does_not(codebook, 
 def test_no_code_dies_when_most_patches_are_plain(tmp_path):
     view, _ = coloured_views(count=200)
     view[:, :, 4:] = 0.5  # three quarters of each picture are one plain background
-    fit_codebook(view, tmp_path, codes=CODES + 1, grid=GRID, seed=0)
+    fit_codebook(view, codes=CODES + 1, grid=GRID, seed=0).save(tmp_path)
     assert load_visual_tokenizer(tmp_path, GRID)(view).unique().numel() == CODES + 1
 
 
 def test_pictures_with_fewer_kinds_of_patches_than_codes_are_fitted(tmp_path):
-    fit_codebook(torch.zeros(3, 3, 16, 16), tmp_path, codes=5, grid=GRID, seed=0)
+    fit_codebook(torch.zeros(3, 3, 16, 16), codes=5, grid=GRID, seed=0).save(tmp_path)
     tokenizer = load_visual_tokenizer(tmp_path, GRID)
     assert isinstance(tokenizer, PatchCodebook)
     assert tokenizer.codes.shape == (5, 48)
@@ -151,7 +151,7 @@ def test_a_view_of_another_size_is_refused(codebook, tmp_path):
     with pytest.raises(ValueError, match=re.escape("(B, 3, 16, 16), got (1, 3, 32, 32)")):
         load_visual_tokenizer(codebook, GRID)(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match=re.escape("got (3, 8, 8)")):
-        fit_codebook([torch.zeros(3, 8, 8)], tmp_path, codes=2, grid=GRID, seed=0)
+        fit_codebook([torch.zeros(3, 8, 8)], codes=2, grid=GRID, seed=0)
 
 
 def test_folders_without_a_known_tokenizer_are_refused(tmp_path):
@@ -164,5 +164,5 @@ def test_folders_without_a_known_tokenizer_are_refused(tmp_path):
 
 def test_too_few_patches_are_refused_with_both_numbers(tmp_path):
     with pytest.raises(ValueError, match="32 patches cannot make 64 visual tokens"):
-        fit_codebook(torch.zeros(2, 3, 16, 16), tmp_path, codes=64, grid=GRID, seed=0)
+        fit_codebook(torch.zeros(2, 3, 16, 16), codes=64, grid=GRID, seed=0)
     assert not any(tmp_path.iterdir())

@@ -139,7 +139,8 @@ def _make(work: Path, options: SceneOptions, workers: int, progress: bool) -> di
     shards = _write_splits(work, counts, options, collected, workers, progress)
     train_tokenizer(collected.captions["train"], work / "tokenizer", options.vocabulary_size)
     views = _views(collected.train_pictures, 4 * options.grid)
-    fit_codebook(views, work / "visual_tokens", codes=options.codebook_size, grid=options.grid, seed=options.seed)
+    codebook = fit_codebook(views, codes=options.codebook_size, grid=options.grid, seed=options.seed)
+    codebook.save(work / "visual_tokens")
     contact_sheet(collected.sheet).save(work / "contact_sheet.png")
     shutil.copyfile(KIT / "LICENSES" / "ATTRIBUTION.md", work / "ATTRIBUTION.md")
     manifest = _identity(options) | {
