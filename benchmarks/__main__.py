@@ -16,6 +16,7 @@ BENCHMARKS = {
     "rerank": "retrieval's re-ranking by ITM against every layer anew for each pair, and its memory",
     "tasks": "what the downstream tasks learn on scenes: pretrained, from scratch, one input blanked",
     "data_efficiency": "what objective sets learn from fractions of the data",
+    "heat_maps": "a sheet of where the model finds what 20 expressions name",
     "report": "the history of what was stored, and what got worse",
 }
 

@@ -42,6 +42,7 @@ __all__ = [
     "new_model_folder",
     "resolve_weights",
     "save_model_folder",
+    "task_of",
 ]
 _PARTS = {"vision": VisionConfig, "stream": StreamConfig, "vocabulary": VocabularyConfig}
 
@@ -276,6 +277,11 @@ def resolve_weights(folder: Path, weights: Literal["student", "teacher"]) -> Pat
     if not (chosen / CONFIG).is_file():
         raise ValueError(f"{folder} has no {weights} weights: {chosen / CONFIG} is missing")
     return chosen
+
+
+def task_of(folder: Path) -> str:
+    """Return what a model folder's network is for; ValueError when it is no model folder."""
+    return _read_config(Path(folder)).task
 
 
 def _read_config(folder: Path) -> SimlaConfig:

@@ -149,8 +149,16 @@ def _resized(source: Path, out: Path, tokenizer: Path | None, image_size: int | 
     config = at_resolution(config, image_size or config.vision.image_size)
     model, teacher = Simla(config), Simla(config) if (source / "teacher").is_dir() else None
     report = load_checkpoint(model, source, teacher)
-    limits = {"max_words": processor.max_words, "max_tokens": processor.tokenizer.max_tokens}
-    save_model_folder(model, out, tokenizer or source, {"imported": source.name}, teacher=teacher, **limits)
+    most = processor.tokenizer.max_tokens
+    save_model_folder(
+        model,
+        out,
+        tokenizer or source,
+        {"imported": source.name},
+        teacher=teacher,
+        max_words=processor.max_words,
+        max_tokens=most,
+    )
     return report
 
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from simla_ds.downstream.annotations import Annotations, Entry, check_annotations
 from simla_ds.downstream.config import FinetuneConfig
 from simla_ds.model.network import Network
-from simla_ds.model.simla import Simla
 from simla_ds.model.stream import init_linear
 from simla_ds.objectives import FeatureQueue
 from simla_ds.objectives.soft_targets import soft_target_cross_entropy
@@ -31,8 +30,8 @@ class TaskNetwork(Network):
     """A downstream network, which takes its encoders from a pretrained model."""
 
     @abstractmethod
-    def start_from(self, pretrained: Simla) -> None:
-        """Copy what the pretrained model has; heads of its own keep their start values."""
+    def start_from(self, pretrained: Any) -> None:
+        """Copy what the pretrained model (a Simla) has; heads of its own keep their start values."""
 
 
 class Downstream(ABC):

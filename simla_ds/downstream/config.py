@@ -16,7 +16,7 @@ from simla_ds.config import (
     TrainConfig,
 )
 
-TaskName = Literal["retrieval", "grounding", "vqa", "nlvr2", "snli_ve"]
+TaskName = Literal["retrieval", "grounding", "vqa", "nlvr2", "snli_ve", "text_assignment"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,20 +73,26 @@ class PairNetwork(TaskNetwork):
         self.stream = PairStream(config)
         self.head = ClassHead(config.stream.width, 2)
 
-    def start_from(self, pretrained: Simla) -> None:
+    def start_from(self, pretrained: Simla | PairNetwork) -> None:
         """Take the image encoder, the embeddings and each layer's counterpart (see `sources`)."""
         copy_weights(self.image_encoder, pretrained.image_encoder)
+        if isinstance(pretrained, PairNetwork):
+            copy_weights(self.stream, pretrained.stream)
+            return
         copy_weights(self.stream.embeddings, pretrained.stream.embeddings)
         for layer, number in zip(self.stream.layers, sources(self.config.stream), strict=True):
             copy_weights(layer, pretrained.stream.layers[number])
 
     def forward(self, batch: TaskBatch) -> Tensor:
         """Return logits (B, 2) of `image` (2B, 3, S, S), first pictures first, and `input_ids`, `text_mask` (B, L)."""
-        image = self.image_encoder(batch["image"])
-        pictures = [Context(half.flatten(0, 1), Rows.dense(half)) for half in image.chunk(2)]
+        return self.head(self.fused(batch, *self.image_encoder(batch["image"]).chunk(2)))
+
+    def fused(self, batch: TaskBatch, first: Tensor, second: Tensor) -> Tensor:
+        """Return [CLS] (B, D) of `input_ids`, `text_mask` (B, L) over two encoded pictures each, (B, N, D)."""
+        pictures = [Context(image.flatten(0, 1), Rows.dense(image)) for image in (first, second)]
         rows = Rows.of(batch["text_mask"], batch["token_index"])
-        x = self.stream.embeddings(rows.pack(batch["input_ids"]), rows.positions(image.device))
-        return self.head(self.stream.first_rows(x, rows, pictures))
+        x = self.stream.embeddings(rows.pack(batch["input_ids"]), rows.positions(first.device))
+        return self.stream.first_rows(x, rows, pictures)
 
 
 class Nlvr2(Classification):

@@ -283,6 +283,7 @@ MAKERS: dict[str, Callable[[list[Scene], Random], Iterator[Entry]]] = {
     "vqa": questions,
     "nlvr2": statements,
     "snli_ve": hypotheses,
+    "text_assignment": captions,
     "probes": swaps,
 }
 """By the name of the task."""

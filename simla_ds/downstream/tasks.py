@@ -14,6 +14,7 @@ from simla_ds.downstream.nlvr2 import Nlvr2
 from simla_ds.downstream.retrieval_tuning import Retrieval
 from simla_ds.downstream.scenes import scene_annotations
 from simla_ds.downstream.snli_ve import SnliVe
+from simla_ds.downstream.text_assignment import TextAssignment
 from simla_ds.downstream.vqa import Vqa
 
 ANSWERS = "answers.json"
@@ -25,6 +26,7 @@ TASKS: dict[str, Callable[..., Downstream]] = {
     "vqa": lambda tokenizer, answers, official, rerank: Vqa(tokenizer, answers, official=official),
     "nlvr2": lambda tokenizer, answers, official, rerank: Nlvr2(),
     "snli_ve": lambda tokenizer, answers, official, rerank: SnliVe(),
+    "text_assignment": lambda tokenizer, answers, official, rerank: TextAssignment(),
 }
 
 

@@ -17,13 +17,14 @@ from simla_ds.downstream.config import FinetuneConfig
 from simla_ds.downstream.evaluation import write_predictions
 from simla_ds.downstream.examples import ExampleLoader, ExampleMaker, held_out_batches
 from simla_ds.downstream.tasks import ANSWERS, load_annotations, make_task, read_answers
+from simla_ds.downstream.text_assignment import AssignmentNetwork
 from simla_ds.downstream.vqa import answer_list, given_answers
 from simla_ds.engine.build import Parts, same_model, with_data_paths
 from simla_ds.engine.distributed import Ranks, broadcast_object, gather_objects
 from simla_ds.engine.watch import plain_student
 from simla_ds.engine.zero_teacher import Engine, EngineSource
 from simla_ds.evaluation import evaluating
-from simla_ds.hub import load_model_folder
+from simla_ds.hub import load_model_folder, task_of
 from simla_ds.model.network import Network
 from simla_ds.model.simla import Simla
 from simla_ds.teacher import Teacher
@@ -128,14 +129,16 @@ class TaskWatch:
         return {}
 
 
-def _with_pretrained(config: FinetuneConfig, ranks: Ranks) -> tuple[FinetuneConfig, Simla | None]:
+def _with_pretrained(config: FinetuneConfig, ranks: Ranks) -> tuple[FinetuneConfig, Network | None]:
     """Load the pretrained model, whose sizes the run has; None from scratch."""
     if not config.init.checkpoint:
         return config, None
-    pretrained, model = load_model_folder(Path(config.init.checkpoint))
+    folder = Path(config.init.checkpoint)
+    assigned = config.task == "nlvr2" and task_of(folder) == AssignmentNetwork.task
+    pretrained, model = load_model_folder(folder, AssignmentNetwork if assigned else Simla)
     if config.model != ModelConfig():
-        same_model(config, asdict(model), Path(config.init.checkpoint))
-    ranks.say(f"{config.init.checkpoint}: pretrained weights loaded")
+        same_model(config, asdict(model), folder)
+    ranks.say(f"{folder}: pretrained weights loaded")
     return replace(config, model=model), pretrained
 
 
@@ -179,9 +182,9 @@ def _with_vocabulary(config: FinetuneConfig) -> FinetuneConfig:
     return replace(config, model=replace(config.model, vocabulary=vocabulary))
 
 
-def _network(downstream: Downstream, config: FinetuneConfig, pretrained: Simla | None) -> Network:
+def _network(downstream: Downstream, config: FinetuneConfig, pretrained: Network | None) -> Network:
     """Return the task's network, started from a pretrained one where there is one."""
-    if pretrained is not None and isinstance(pretrained, downstream.network):
+    if type(pretrained) is downstream.network:  # not a subclass: text assignment's network is NLVR2's with another head
         return pretrained
     network = downstream.network(config.model)
     if pretrained is not None and isinstance(network, TaskNetwork):

@@ -22,7 +22,8 @@ def data(tmp_path_factory):
 
 def finetune(*arguments, data, output, task="vqa", stage=2, ranks=2):
     keys = ["--task", task, "--deepspeed", str(ROOT / f"ds_configs/zero{stage}.json"), "--data.train", str(data)]
-    keys += [*MODEL, "--data.workers", "0", "--train.batch_size", "8", "--train.precision", "fp32"]
+    keys += [] if "--model" in arguments else MODEL
+    keys += ["--data.workers", "0", "--train.batch_size", "8", "--train.precision", "fp32"]
     keys += ["--train.log_every", "1", "--train.checkpoint_every", "2", "--output", str(output)]
     return launch(SCRIPT, *keys, *arguments, ranks=ranks)
 
@@ -71,6 +72,18 @@ def test_a_resumed_run_goes_on_as_the_whole_one_at_stage_3(data, tmp_path):
     losses = [{line["step"]: line["loss"] for line in records(run) if "loss" in line} for run in (whole, parts)]
     assert losses[0] == losses[1]
     assert set(losses[0]) == {1, 2, 3, 4}
+
+
+@pytest.mark.slow  # two launches
+def test_nlvr2_starts_from_text_assignment(data, tmp_path):
+    first, second = tmp_path / "assignment", tmp_path / "nlvr2"
+    steps = ("--train.steps", "2", "--eval.every", "1")
+    done = finetune(*steps, task="text_assignment", data=data, output=first)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert max(measured(first)) == 2
+    done = finetune(*steps, "--model", str(first / "final"), task="nlvr2", data=data, output=second)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "pretrained weights loaded" in done.stderr
 
 
 def test_a_bad_annotation_file_ends_with_status_2_before_anything_is_written(data, tmp_path):
