@@ -51,6 +51,7 @@ class Runner:
     def run(self, cells: Sequence[Planned], jobs: int) -> int:
         """Run cells, `jobs` side by side; return how many failed. Interrupted, it ends what runs and writes no row."""
         failed = 0
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or cells would outlive this process
         with ThreadPoolExecutor(jobs) as pool:
             waiting = {pool.submit(self._run, planned): planned for planned in cells}
             try:
@@ -58,7 +59,7 @@ class Runner:
                     line = done.result()
                     failed += line.startswith(FAILED)
                     print(f"{number} of {len(cells)} {waiting[done].cell.name}: {line}", flush=True)
-            except BaseException:  # a signal, or a defect here: nothing may go on running unseen
+            except BaseException:  # Ctrl-C, a signal, or a defect here: nothing may go on running unseen
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._end_all()
                 raise
