@@ -10,6 +10,11 @@ BENCHMARKS = {
     "compilation": "what compilers make of them",
     "step": "a whole training step against the published order and FLAVA",
     "growth": "how a step's cost grows with batch, length, resolution, queue, depth and width",
+    "data": "from JPEGs to training views, against the published pipeline, webdataset and decoding alone",
+    "memory": "what `simla plan` computes against what the real trainer holds",
+    "communication": "what ZeRO-0 and ZeRO-3 send in a step, counted and planned, and their speed",
+    "rerank": "retrieval's re-ranking by ITM against every layer anew for each pair, and its memory",
+    "tasks": "what the downstream tasks learn on scenes: pretrained, from scratch, one input blanked",
     "data_efficiency": "what objective sets learn from fractions of the data",
     "report": "the history of what was stored, and what got worse",
 }

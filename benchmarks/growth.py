@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from benchmarks import cost_model
-from benchmarks.operations_model import step_operations
 from benchmarks.step_contenders import CLOCKS, Clock, Ours
 from benchmarks.step_process import count, count_bytes
-from benchmarks.step_sizes import COCO_TOKENS, LONGEST, SIZES, changed, make_batch
+from benchmarks.step_sizes import COCO_TOKENS, SIZES, changed, make_batch
 from benchmarks.timing import environment
 from simla_ds.config import Config
+from simla_ds.planner.operations import step_operations
+from simla_ds.planner.shape import StepShape
 
 BASE: Config = changed(
     SIZES["small"],
@@ -92,8 +93,7 @@ def measure(config: Config, tokens: int, clock: str, repeats: int) -> dict[str, 
         started = watch.seconds()
         contender.step(batch, watch)
         times.append(watch.seconds() - started)
-    labelled, masked = len(batch["label_index"]), len(batch["masked_index"])
-    formula = step_operations(config, tokens * len(batch["image"]), tokens, labelled, masked)
+    formula = step_operations(config, StepShape.of(batch))
     return {
         "gflop": counted["operations"] / 1e9,
         "gflop_by_formula": formula / 1e9,
@@ -132,9 +132,7 @@ def forecast(pairs: int = 64) -> dict[str, dict[str, float]]:
     (benchmarks.cost_model). No launch, no optimizer, no communication, no data.
     """
     config = changed(SIZES["full"], train__batch_size=pairs)
-    tokens, patches = round(COCO_TOKENS[0] * pairs), config.model.vision.patches
-    labelled, masked = round(0.15 * tokens), round(config.objectives.xmm.mask_ratio * patches * pairs)
-    total = step_operations(config, tokens, LONGEST, labelled, masked) * cost_model.B / pairs
+    total = step_operations(config, StepShape.expected(config, COCO_TOKENS[0])) * cost_model.B / pairs
     fused = sum(work.calls * sum(p.flops for p in work.masked) for work in cost_model.WORK.values())
     result = {}
     for name, card in cost_model.CARDS.items():

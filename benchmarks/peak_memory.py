@@ -17,8 +17,7 @@ def peak_growth_mib(contender: str, device: torch.device) -> float:
     """Measure one contender of kernels.xmm_head in fp32, in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.peak_memory", contender, device.type]
     root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # or glibc keeps what was freed before
-    ran = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    ran = subprocess.run(command, cwd=root, env=fresh_environment(), capture_output=True, text=True, check=True)
     return float(ran.stdout.split()[-1])
 
 
@@ -35,14 +34,24 @@ def main(contender: str, device: torch.device) -> None:
         print((torch.cuda.max_memory_allocated() - before) / 2**20)
         return
     run()  # what a process keeps after its first products: buffers of libraries
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
-    before = _mib("VmRSS")
+    restart_peak()
+    before = memory_mib("VmRSS")
     run()
-    print(_mib("VmHWM") - before)
+    print(memory_mib("VmHWM") - before)
 
 
-def _mib(field: str) -> float:
-    """Return a line of the process's memory status."""
+def fresh_environment() -> dict[str, str]:
+    """Return the environment for a process whose memory is measured: glibc gives back what is freed."""
+    return {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+def restart_peak() -> None:
+    """Let VmHWM start anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def memory_mib(field: str) -> float:
+    """Return a line of this process's memory status: VmRSS now, VmHWM at its highest."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 

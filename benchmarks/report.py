@@ -1,7 +1,8 @@
 """What was stored, over time: `python -m benchmarks report`.
 
-Reads the results of `step --json` and `growth --json` in a folder, prints their history, compares the newest of each
-kind (size, precision, clock, processor) with the one before it, and draws them. Exit status 1 when something got worse.
+Reads the results of `step`, `growth` and `data` with `--json` in a folder, prints their history, compares the newest of
+each kind (size, precision, clock, processor) with the one before it, and draws them. Exit status 1 when something got
+worse.
 """
 
 from __future__ import annotations
@@ -21,21 +22,28 @@ WATCHED = {
     "saved_bytes_checkpointed": (-1, 0.01),
     "peak_memory_mb": (-1, 0.05),
 }
+WATCHED_DATA = {
+    "ratio_vs_pil_torchvision": (+1, 0.15),
+    "ratio_vs_webdataset": (+1, 0.15),
+    "ratio_with_randaugment": (+1, 0.15),
+    "share_of_scaled_decode": (+1, 0.15),
+}
 """Figure -> (+1: more is better, -1: less is; by what share it may be worse before that is a regression). Timings are
 ratios within one run, and still noisy; bytes are exact."""
-COLUMNS = ("date", "commit", *WATCHED, "ratio_vs_flava")
+COLUMNS = (*WATCHED, "ratio_vs_flava")
+COLUMNS_DATA = ("bits_per_pixel", *WATCHED_DATA)
 Kind = tuple[str, ...]
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Return the results of `step` and `growth` in a folder, oldest first. ValueError for a file that is no JSON."""
+    """Return the stored results in a folder, oldest first. ValueError for a file that is no JSON."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no JSON ({error}); remove it or store it again") from None
-        if isinstance(content, dict) and content.get("benchmark") in ("step", "growth"):
+        if isinstance(content, dict) and content.get("benchmark") in ("step", "growth", "data"):
             found.append(content)
     return sorted(found, key=lambda result: result["date"])
 
@@ -50,24 +58,37 @@ def by_kind(results: Sequence[dict[str, Any]]) -> dict[Kind, list[dict[str, Any]
     return groups
 
 
+def data_by_kind(results: Sequence[dict[str, Any]]) -> dict[Kind, list[dict[str, Any]]]:
+    """Group what was found for each kind of pictures, likewise."""
+    groups: dict[Kind, list[dict[str, Any]]] = {}
+    for result in results:
+        if result["benchmark"] == "data":
+            for pictures, found in result["pictures"].items():
+                kind = ("data", pictures, result["environment"]["processor"])
+                shared = {name: result[name] for name in ("date", "environment")}
+                groups.setdefault(kind, []).append({**shared, **found})
+    return groups
+
+
 def regressions(history: Sequence[dict[str, Any]]) -> list[str]:
     """Say what the newest result of a kind has worse than the one before it."""
     if len(history) < 2:
         return []
     before, now = history[-2:]
     found = []
-    for name, (better, slack) in WATCHED.items():
+    for name, (better, slack) in (WATCHED | WATCHED_DATA).items():
         old, new = before.get(name), now.get(name)
         if old and new is not None and better * (new - old) / old < -slack:
             found.append(f"{name} was {old:.4g} ({_commit(before)}), is {new:.4g} ({_commit(now)})")
     return found
 
 
-def table(history: Sequence[dict[str, Any]]) -> str:
+def table(history: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """Return Markdown: a line per result."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    head = ("date", "commit", *columns)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for result in history:
-        values = [result["date"], _commit(result), *(result.get(name) for name in COLUMNS[2:])]
+        values = [result["date"], _commit(result), *(result.get(name) for name in columns)]
         lines.append("| " + " | ".join(_text(value) for value in values) + " |")
     return "\n".join(lines)
 
@@ -138,11 +159,11 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if not results:
-        print(f"{arguments.results} holds no result of `step --json` or `growth --json`", file=sys.stderr)
+        print(f"{arguments.results} holds no result of `step`, `growth` or `data` with --json", file=sys.stderr)
         return 2
     worse = []
-    for kind, history in by_kind(results).items():
-        print(f"{', '.join(kind)}\n{table(history)}\n")
+    for kind, history in (by_kind(results) | data_by_kind(results)).items():
+        print(f"{', '.join(kind)}\n{table(history, COLUMNS_DATA if kind[0] == 'data' else COLUMNS)}\n")
         worse += [f"REGRESSION {', '.join(kind)}: {line}" for line in regressions(history)]
     if arguments.plot:
         draw(results, arguments.plot)

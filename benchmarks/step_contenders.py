@@ -18,7 +18,6 @@ from simla_ds.config import Config
 from simla_ds.model.simla import Simla
 from simla_ds.model.weight_decay import parameter_groups
 from simla_ds.passes import Passes
-from simla_ds.teacher import ModuleSource
 from simla_ds.types import Batch, Features, Request
 
 ALPHA, LEARNING_RATE, WEIGHT_DECAY, MOMENTUM = 0.4, 1e-4, 0.02, 0.995
@@ -137,7 +136,7 @@ class Ours(Contender):
             self.optimizer.step()
         with clock.part("queue and teacher"):
             self.task.queue.push(**result["queue_rows"])
-            self.task.teacher.update(ModuleSource(self.task.model), MOMENTUM)
+            self.task.teacher.update(MOMENTUM)
 
 
 class Published(Contender):

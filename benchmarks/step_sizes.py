@@ -23,7 +23,7 @@ from simla_ds.data.masking import block_mask, mask_tokens
 from simla_ds.model.simla import Simla
 from simla_ds.objectives import FeatureQueue
 from simla_ds.task import PretrainTask
-from simla_ds.teacher import Teacher
+from simla_ds.teacher import ModuleSource, Teacher
 from simla_ds.types import Batch
 
 VOCABULARY = VocabularyConfig(size=30_522, visual_size=8_192, pad=0, unk=100, cls=101, sep=102, mask=103)
@@ -69,7 +69,7 @@ def make_task(config: Config, dtype: torch.dtype = torch.float32) -> PretrainTas
     """Return a task with random weights and a full queue, in training mode."""
     torch.manual_seed(0)
     model = Simla(config.model).to(dtype)
-    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype)
+    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype).follow(ModuleSource(model))
     queue = FeatureQueue.random(config.objectives.itc.queue_size, config.model.projection_size)
     return PretrainTask(model, teacher, queue, config).train()
 

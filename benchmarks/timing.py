@@ -15,7 +15,10 @@ import torch
 
 
 def alternate(
-    contenders: dict[str, Callable[[], object]], repeats: int, warmup: int = 2
+    contenders: dict[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Run each contender `repeats` times in turn; return its median and fastest time in milliseconds.
 
@@ -28,10 +31,10 @@ def alternate(
     for turn in range(repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            started = time.perf_counter()
+            started = clock()
             contenders[name]()
             _wait()
-            times[name].append(1e3 * (time.perf_counter() - started))
+            times[name].append(1e3 * (clock() - started))
     return {name: {"median": statistics.median(t), "fastest": min(t)} for name, t in times.items()}
 
 

@@ -40,13 +40,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     source.add_argument("--annotations", type=Path, metavar="FILE", help="JSON list of entries (see below)")
     source.add_argument("--data", metavar="SHARDS", help="WebDataset shards: pairs for retrieval, else scenes")
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="where paths start (default: FILE's folder)")
-    parser.add_argument(
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
         "--rerank", type=int, default=128, metavar="K", help="candidates that ITM orders; 0: none (default: 128)"
+    )
+    how.add_argument(
+        "--protocol",
+        choices=("official", "fast"),
+        help="official: 128 candidates, 256 of more than 1,000 pictures, at 384 px; fast: 16, at the model's own size",
     )
     parser.add_argument(
         "--answers", type=Path, metavar="FILE", help="VQA: JSON list of answers to rank (default: DIR's)"
     )
     parser.add_argument("--predictions", type=Path, metavar="OUT", help="also write each prediction, as JSONL")
+    parser.add_argument("--submission", type=Path, metavar="OUT", help="VQA: also write the evaluation server's JSON")
     parser.add_argument(
         "--inputs", default="both", choices=("both", "text", "image"), help="blank the other one (default: both)"
     )
@@ -55,6 +62,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     pretrained = arguments.task in ("retrieval", "probes")
     if pretrained and (arguments.inputs != "both" or arguments.predictions or arguments.answers):
         parser.exit(2, f"evaluate.py: error: --inputs, --predictions and --answers are not for {arguments.task}\n")
+    if arguments.submission and arguments.task != "vqa":
+        parser.exit(2, "evaluate.py: error: --submission is for vqa\n")
+    if arguments.protocol and arguments.task != "retrieval":
+        parser.exit(2, "evaluate.py: error: --protocol is for retrieval\n")
     if arguments.rerank < 0:
         parser.exit(2, f"evaluate.py: error: --rerank must be 0 or more, got {arguments.rerank}\n")
     return arguments
@@ -63,6 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def evaluate_task(arguments: argparse.Namespace) -> int:
     """Load, predict, print the protocol's measures."""
     from simla_ds.downstream.evaluation import evaluate_folder, write_predictions
+    from simla_ds.downstream.vqa import submission
     from simla_ds.hub import resolve_weights
 
     measures, predictions, annotations = evaluate_folder(
@@ -75,6 +87,9 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
     )
     if arguments.predictions:
         write_predictions(arguments.predictions, annotations, predictions)
+    if arguments.submission:
+        answers = submission(annotations.entries, predictions)
+        arguments.submission.write_text(json.dumps(answers), encoding="utf-8")
     return report(measures, arguments.json)
 
 
@@ -99,10 +114,13 @@ def report(measures: dict[str, float], json_out: Path | None) -> int:
 
 def evaluate_retrieval(arguments: argparse.Namespace) -> int:
     """Load, retrieve, print."""
+    from dataclasses import replace
+
     from simla_ds.config import Config, DataConfig
     from simla_ds.data.loader import eval_batches
+    from simla_ds.data.shards import find_shards, open_shard
     from simla_ds.downstream.annotations import read_annotations
-    from simla_ds.downstream.retrieval import annotated, retrieve
+    from simla_ds.downstream.retrieval import PROTOCOLS, annotated, retrieve
     from simla_ds.downstream.retrieval_tuning import Retrieval
     from simla_ds.hub import SimlaProcessor, load_model_folder, resolve_weights
     from simla_ds.report import retrieval_table
@@ -110,17 +128,28 @@ def evaluate_retrieval(arguments: argparse.Namespace) -> int:
     folder = resolve_weights(arguments.model, arguments.weights)
     model, config = load_model_folder(folder)
     processor = SimlaProcessor.from_pretrained(folder)
+    protocol = PROTOCOLS[arguments.protocol] if arguments.protocol else None
+    processor.image_size = (protocol and protocol.image_size) or processor.image_size
     if arguments.annotations:
         root = arguments.image_root or arguments.annotations.parent
-        Retrieval().checked(read_annotations(arguments.annotations, root), train=False)
-        batches = annotated(arguments.annotations, root, processor)
+        found = read_annotations(arguments.annotations, root)
+        Retrieval().checked(found, train=False)
+        pictures, batches = len(found.entries), annotated(arguments.annotations, root, processor)
     else:
-        settings = Config(model=config, data=DataConfig(max_words=processor.max_words))
+        vision = replace(config.vision, image_size=processor.image_size)
+        stream = replace(config.stream, image_positions=config.image_positions)
+        settings = Config(
+            model=replace(config, vision=vision, stream=stream), data=DataConfig(max_words=processor.max_words)
+        )
+        pictures = sum(len(open_shard(path)) for path in find_shards(arguments.data)) if protocol else 0
         batches = (batch for batch, _ in eval_batches(settings, arguments.data, processor.tokenizer, 0))
-    result = retrieve(model, batches, rerank=arguments.rerank, progress=sys.stderr.isatty())
+    rerank = protocol.candidates(pictures) if protocol else arguments.rerank
+    print(f"protocol {arguments.protocol or 'of your own'}: ITM orders {rerank} candidates, {processor.image_size} px")
+    result = retrieve(model, batches, rerank=rerank, progress=sys.stderr.isatty())
     print(retrieval_table(result))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result.measures(), indent=1) + "\n", encoding="utf-8")
+        how = {"protocol": arguments.protocol, "rerank": rerank, "image_size": processor.image_size}
+        arguments.json.write_text(json.dumps({**result.measures(), **how}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -11,15 +11,21 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from simla_ds import __version__
+from simla_ds.config import Config
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.settings = rest  # a recipe's keys, behind the options of `plan`
+    if rest and arguments.run is not _plan:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:  # bad input, a missing file, a full disk: not a bug, so no traceback
@@ -62,6 +68,45 @@ def _export(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _embed(arguments: argparse.Namespace) -> int:
+    from simla_ds.scoring import Options, embed
+
+    options = Options(weights=arguments.weights, batch_size=arguments.batch_size, format=arguments.format)
+    _say_counts(embed(arguments.shards, arguments.model, arguments.out, options, arguments.workers), arguments.out)
+    return DONE
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from simla_ds.scoring import Options, score
+
+    options = Options(
+        weights=arguments.weights,
+        batch_size=arguments.batch_size,
+        min_itc=arguments.min_itc,
+        min_itm=arguments.min_itm,
+    )
+    manifest = score(arguments.shards, arguments.model, arguments.out, options, arguments.workers)
+    _say_counts(manifest, arguments.out)
+    if options.filters:
+        print(f"kept {manifest['kept']} of {manifest['captions']} captions in shards of {arguments.out}")
+    return DONE
+
+
+def _say_counts(manifest: dict[str, Any], out: Path) -> None:
+    skipped = ", ".join(f"{reason}: {count}" for reason, count in manifest["skipped"].items()) or "none"
+    print(f"{out}: {manifest['pictures']} pictures, {manifest['captions']} captions; skipped: {skipped}")
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from simla_ds.importing import import_checkpoint
+
+    report = import_checkpoint(
+        arguments.checkpoint, arguments.out, arguments.tokenizer, image_size=arguments.image_size, heads=arguments.heads
+    )
+    print(f"{report}\n{arguments.out} written")
+    return DONE
+
+
 def _visualize(arguments: argparse.Namespace) -> int:
     from simla_ds.visualize import visualize
 
@@ -74,6 +119,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from simla_ds.engine.doctor import examine
 
     return examine()
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from simla_ds.parsing import parse_config
+    from simla_ds.planner.command import run
+
+    config, _ = parse_config(arguments.settings, Config, "simla plan", "Plan a training run.")
+    return run(arguments, config)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -102,7 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_verify(commands)
     _add_export(commands)
+    _add_over_shards(commands)
+    _add_import(commands)
     _add_visualize(commands)
+    _add_plan(commands)
     _add_demo(commands)
     _command(
         commands,
@@ -209,6 +265,59 @@ def _add_export(commands) -> None:
     export.add_argument("--tokenizer", type=Path, metavar="DIR", help="its folder (default: where the run had it)")
 
 
+def _add_over_shards(commands) -> None:
+    resumed = "Goes shard by shard; started again, it goes on after the last whole one."
+    for name, summary, run, detail in (
+        (
+            "embed",
+            "write the features of all pictures and captions of shards",
+            _embed,
+            "Unit vectors, a row per caption.",
+        ),
+        (
+            "score",
+            "write how well pictures and captions of shards agree, and keep those that do",
+            _score,
+            "itc: cosine of the features, -1 to 1. itm: probability that they match.",
+        ),
+    ):
+        command = _command(commands, name, summary, run, f"{detail} {resumed}")
+        command.add_argument("shards", metavar="SHARDS", help="folder, file, brace pattern or address, as data.train")
+        command.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder, such as RUN/final")
+        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or a stopped run's")
+        command.add_argument("--weights", choices=("student", "teacher"), default="student", help="whose")
+        command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="pictures a forward")
+        command.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode; 0: none")
+        if name == "embed":
+            command.add_argument("--format", choices=("parquet", "npy"), default="parquet", help="of the features")
+        else:
+            above = "also write shards of the pairs whose {} is at least X"
+            command.add_argument("--min-itc", type=float, metavar="X", help=above.format("cosine"))
+            command.add_argument("--min-itm", type=float, metavar="X", help=above.format("ITM probability"))
+
+
+def _add_import(commands) -> None:
+    command = _command(
+        commands,
+        "import",
+        "make a model folder from a published SIMLA or ALBEF checkpoint",
+        _import,
+        "Pretraining's or a downstream task's: which it is, and its sizes, are read off the weights. Momentum copies "
+        "go to OUT/teacher. A model folder is taken too, to change its resolution.",
+    )
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=".pth, .safetensors or model folder")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder; an old one is replaced")
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="such as bert-base-uncased's (default: a model folder's own)"
+    )
+    command.add_argument(
+        "--image-size", type=_positive, metavar="PIXELS", help="resample positions for it (default: the checkpoint's)"
+    )
+    command.add_argument(
+        "--heads", type=_positive, metavar="N", help="attention heads, which no shape shows (default: width / 64)"
+    )
+
+
 def _add_visualize(commands) -> None:
     command = _command(
         commands,
@@ -226,6 +335,42 @@ def _add_visualize(commands) -> None:
     )
 
 
+def _add_plan(commands) -> None:
+    plan = _command(
+        commands,
+        "plan",
+        "compute memory, speed and network of a training run, before there is one",
+        _plan,
+        "Further options are a recipe's, as for launch/pretrain.py: --config launch/recipes/NAME.yaml, "
+        "--train.batch_size N, ... One row per ZeRO layout of ds_configs, with and without activation checkpointing. "
+        "Every figure is computed, none is measured.",
+    )
+    plan.add_argument(
+        "--card",
+        choices=("A100-40", "A100-80", "H100", "H200", "L40S", "24GB", "CPU"),
+        default="A100-80",
+        help="what each rank has",
+    )
+    plan.add_argument("--nodes", type=_positive, default=1, metavar="N", help="machines")
+    plan.add_argument("--cards", type=_positive, default=8, metavar="N", help="cards, hence ranks, of each node")
+    plan.add_argument("--pairs", type=_positive, metavar="N", help="pairs to train on (default: the recipe's)")
+    plan.add_argument(
+        "--utilisation",
+        type=_share,
+        default=0.35,
+        metavar="X",
+        help="share of the card's peak that is reached; a guess",
+    )
+    plan.add_argument("--memory", type=float, metavar="GIB", help="of each rank, in place of the card's")
+    plan.add_argument(
+        "--caption-tokens", type=float, default=13.5, metavar="X", help="mean of a caption; COCO's is 13.5"
+    )
+    plan.add_argument("--deepspeed", type=Path, metavar="FILE.json", help="this layout alone, with its buckets")
+    output = plan.add_mutually_exclusive_group()
+    output.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    output.add_argument("--json", action="store_true", help="print all figures, in bytes and seconds")
+
+
 def _add_demo(commands) -> None:
     demo = _command(
         commands,
@@ -236,6 +381,13 @@ def _add_demo(commands) -> None:
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the results")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the training; the scenes stay the same")
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {number}")
+    return number
 
 
 def _positive(text: str) -> int:

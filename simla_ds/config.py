@@ -7,6 +7,7 @@ owns ZeRO and communication; everything else is here.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,6 +80,9 @@ class StreamConfig:
     """Width of the feed-forward layer."""
     max_positions: int = 128
     """Rows of the position table; image rows use them too (SIMLA adds text positions to the image stream)."""
+    image_positions: int = 0
+    """Patches of the pictures that those rows were trained with: at another resolution they are resampled as a grid.
+    0: as many as model.vision has."""
     dropout: float = 0.1
     """Dropout of embeddings, attention and residual branches."""
     token_types: bool = False
@@ -156,14 +160,20 @@ class ModelConfig:
             "one transformer reads both streams",
         )
         _require(
-            self.stream.max_positions > self.vision.patches,
-            f"model.stream.max_positions={self.stream.max_positions} is too small for {self.vision.patches} patches "
-            f"and [CLS], which run through the stream too; set model.stream.max_positions >= {self.vision.patches + 1}",
+            self.stream.max_positions > self.image_positions,
+            f"model.stream.max_positions={self.stream.max_positions} is too small for {self.image_positions} patches "
+            f"and [CLS], which run through the stream too; set model.stream.max_positions >= {self.image_positions + 1}"
+            ", or model.stream.image_positions to the patches that the positions were trained with",
         )
         _require(
             0 < self.temperature_min <= self.temperature <= self.temperature_max,
             f"model.temperature={self.temperature} must lie in [{self.temperature_min}, {self.temperature_max}]",
         )
+
+    @property
+    def image_positions(self) -> int:
+        """Patches whose positions image rows of the stream have; those of other resolutions are resampled."""
+        return self.stream.image_positions or self.vision.patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,18 +320,32 @@ class InitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of several data sets that are mixed."""
+
+    shards: str = ""
+    """As data.train; not empty."""
+    weight: float = 0.0
+    """Its share of the pairs is weight over the sum of all weights; within it every sample comes once before any comes
+    twice. 0, for all sources: an epoch holds every sample of every source once."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where pairs come from and what is done to them."""
 
     train: str = ""
     """WebDataset shards: a folder, a file or a brace pattern (shard-{000000..000019}.tar). Empty: the embedded scenes,
     prepared into scenes_dir when they are not there."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Several data sets instead of data.train, by name; losses are logged for each: {coco: {shards: data/coco, weight:
+    2}, crawl: {shards: data/crawl, weight: 1}}."""
     val: str = ""
     """Held-out shards for eval.every. Empty: `val` beside a folder called `train`, if there is one."""
     tokenizer: str = ""
-    """Folder of a Hugging Face tokenizer. Empty: `tokenizer` beside the shards' folder."""
+    """Folder of a Hugging Face tokenizer. Empty: `tokenizer` beside the (first source's) shards' folder."""
     visual_tokenizer: str = ""
-    """Folder of a patch codebook or of a FlavaImageCodebook. Empty: `visual_tokens` beside the shards' folder."""
+    """Folder of a patch codebook or of a FlavaImageCodebook, for XMM. Empty: `visual_tokens` beside that folder."""
     scenes_dir: str = "data/scenes"
     """Folder of the embedded scenes."""
     scenes_train: int = 20_000
@@ -355,6 +379,19 @@ class DataConfig:
     def __post_init__(self):
         low, high = self.crop_scale
         _require(0 < low <= high <= 1, f"data.crop_scale must satisfy 0 < low <= high <= 1, got {self.crop_scale}")
+        weights = {name: source.weight for name, source in self.sources.items()}
+        _require(not (self.sources and self.train), f"data.train={self.train} and data.sources: give one of them")
+        _require(
+            all(re.fullmatch(r"[A-Za-z][\w-]*", name) for name in self.sources),
+            f"data.sources: names must be letters, digits, _ and -, got {', '.join(self.sources)}",
+        )
+        for name, source in self.sources.items():
+            _require(bool(source.shards), f"data.sources.{name}.shards is missing: name its shards")
+        _require(len(self.sources) <= 32, f"data.sources: at most 32 can be mixed, got {len(self.sources)}")
+        _require(
+            min(weights.values(), default=0) > 0 or not any(weights.values()),
+            f"data.sources: give all a weight > 0, or all none; got {weights}",
+        )
         _require(self.max_tokens >= 3, f"data.max_tokens must be >= 3, got {self.max_tokens}")
         _require(self.shuffle_window >= 1, f"data.shuffle_window must be >= 1, got {self.shuffle_window}")
         _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
@@ -364,6 +401,11 @@ class DataConfig:
             0 <= self.augment_magnitude <= 10,
             f"data.augment_magnitude must be in [0, 10], got {self.augment_magnitude}",
         )
+
+    @property
+    def named(self) -> str:
+        """What training pairs are made of, as messages name it."""
+        return f"data.sources={', '.join(self.sources)}" if self.sources else f"data.train={self.train}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -499,11 +541,21 @@ class Config:
             f"train.batch_size={self.train.batch_size} leaves ITM (objectives.itm.weight={self.objectives.itm.weight}) "
             "without a wrong picture to choose; set train.batch_size >= 2 or objectives.itm.weight 0",
         )
+        _require(
+            not (self.official and self.data.sources),
+            "data.sources: losses of single pairs are known to objectives.fidelity=corrected only; set it, or name all "
+            "shards in data.train",
+        )
 
     @property
     def official(self) -> bool:
         """Whether the published arithmetic is asked for."""
         return self.objectives.fidelity == "official"
+
+    @property
+    def reads_visual_tokens(self) -> bool:
+        """Whether the run needs a visual tokeniser."""
+        return self.objectives.xmm.weight > 0
 
     @property
     def visible_patches(self) -> int:

@@ -39,26 +39,25 @@ class HeldOut:
         self,
         config: Config,
         tokenizer: Tokenizer,
-        visual_tokenizer: VisualTokenizer,
+        visual_tokenizer: VisualTokenizer | None,
         device: torch.device | str = "cpu",
     ):
         self.config, self.device = config, torch.device(device)
         self.batches: list[Batch] = []
         codes = []
-        loaded = eval_batches(config, config.data.val, tokenizer, visual_tokenizer.view_size, limit=config.eval.samples)
-        for batch, _ in loaded:
-            view = batch.pop("visual_view")
-            ids = visual_tokenizer(view.to(self.device)).cpu()
-            codes.append(ids.flatten()[batch["masked_index"]])
-            batch["visual_ids"] = ids
+        view_size = visual_tokenizer.view_size if visual_tokenizer else 0
+        for batch, _ in eval_batches(config, config.data.val, tokenizer, view_size, limit=config.eval.samples):
+            if visual_tokenizer is not None:
+                ids = visual_tokenizer(batch.pop("visual_view").to(self.device)).cpu()
+                codes.append(ids.flatten()[batch["masked_index"]])
+                batch["visual_ids"] = ids
             self.batches.append(pin_negatives(batch))
         if not self.batches:
             raise ValueError(f"data.val={config.data.val}: none of its first {config.eval.samples} samples is usable")
         labels = torch.cat([batch["labels"] for batch in self.batches])
-        self.guesses = {
-            "mlm/most_frequent": _largest_share(labels),
-            "xmm/most_frequent": _largest_share(torch.cat(codes)),
-        }
+        self.guesses = {"mlm/most_frequent": _largest_share(labels)}
+        if codes:
+            self.guesses["xmm/most_frequent"] = _largest_share(torch.cat(codes))
         """Accuracy of always answering what is masked most often in these very pairs."""
 
     @torch.no_grad()

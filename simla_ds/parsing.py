@@ -69,7 +69,7 @@ def dump_config(config: Config) -> str:
 def _yaml_lines(values: dict[str, Any], indent: str = "") -> Iterator[str]:
     """JSON scalars are YAML too, and their quotes keep an output folder called 1e-5 a string."""
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield f"{indent}{key}:\n"
             yield from _yaml_lines(value, indent + "  ")
         else:

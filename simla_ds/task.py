@@ -16,7 +16,7 @@ from simla_ds.config import Config
 from simla_ds.model.simla import Simla
 from simla_ds.objectives import OBJECTIVES, FeatureQueue, Objective
 from simla_ds.objectives.base import Networks
-from simla_ds.objectives.itc import contrast_keys, entropy, similarities
+from simla_ds.objectives.itc import contrast_keys, entropy, image_similarities
 from simla_ds.passes import PASSES
 from simla_ds.teacher import Teacher
 from simla_ds.types import Batch, ContrastKeys, Features, Outputs, Request, StepFeatures
@@ -60,6 +60,8 @@ class PretrainTask(nn.Module):
         Returns:
             `loss`: the weighted sum, a scalar with gradient. `losses`: name -> detached scalar.
             `queue_rows`: what FeatureQueue.push takes, after the step. `monitor`: name -> detached scalar.
+            `by_source`, when the batch says where pairs are from: `pairs` and the objectives' names -> (sources, 2)
+            float32, the sum of weighted losses and the sum of weights.
         """
         objectives = self.active(step)
         features = self.features(batch, masked="xmm" in objectives)
@@ -76,6 +78,9 @@ class PretrainTask(nn.Module):
             },
             "monitor": self._monitor(features),
         }
+        if "source" in batch:
+            rows = {name: o.row_losses(batch, features, outputs[name], alpha) for name, o in objectives.items()}
+            result["by_source"] = self._by_source(batch["source"], rows)
         return {**result, "features": features, "outputs": outputs} if keep else result
 
     def active(self, step: int) -> dict[str, Objective]:
@@ -128,14 +133,23 @@ class PretrainTask(nn.Module):
     def _weight(self, name: str) -> float:
         return getattr(self.config.objectives, name).weight
 
+    def _by_source(self, source: Tensor, rows: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Add up rows' losses and weights by the source of their pair; `pairs` counts pairs."""
+        ones = torch.ones(len(source), device=source.device)
+        rows = {"pairs": (ones, ones, torch.arange(len(source), device=source.device)), **rows}
+        zeros = torch.zeros(len(self.config.data.sources), 2, device=source.device)
+        return {
+            name: zeros.index_add(0, source.index_select(0, pairs), torch.stack([losses * weights, weights], 1))
+            for name, (losses, weights, pairs) in rows.items()
+        }
+
     @torch.no_grad()
     def _monitor(self, features: StepFeatures) -> dict[str, Tensor]:
         """Return what shows a collapse early: temperature, target entropy, spread of features, teacher's nearness."""
         student, teacher = features.student, features.teacher
-        of_teacher, _ = similarities(teacher, features.keys)
         return {
             "temperature": self.model.temperature().squeeze(),
-            "itc_target_entropy": entropy(of_teacher).mean(),
+            "itc_target_entropy": entropy(image_similarities(teacher, features.keys)).mean(),
             "image_feature_spread": _spread(student.image_feature),
             "text_feature_spread": _spread(student.text_feature),
             "teacher_student_cosine": (student.image_feature * teacher.image_feature).sum(-1).mean(),

@@ -1,13 +1,13 @@
 """The momentum teacher: an exponential moving average of the student, kept in float32.  (SIMLA section 3.3, as MoCo)
 
-Pure torch: where the student's float32 values come from (a plain module, ZeRO shards, an offloaded optimizer) is the
-business of a ParameterSource.
+Pure torch: where the student's float32 values come from (a plain module, ZeRO shards, an offloaded optimizer), and how
+whole parameters are put together from them, is the business of a ParameterSource.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -16,18 +16,25 @@ from torch import Tensor, nn
 from simla_ds.model.network import Network
 from simla_kernels import ema_update_
 
-NUMBERS_AT_ONCE = 2**24
-"""Student numbers that wait to be averaged in one go (64 MiB): a source may gather what it gives out."""
-
-
 N = TypeVar("N", bound=Network)
 
 
 class ParameterSource(Protocol):
-    """Whoever knows the student's float32 parameters."""
+    """Whoever knows the student's float32 parameters; under ZeRO each rank knows a share of them.
 
-    def fp32_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each student parameter once: its name in the model and its whole float32 value, on every rank."""
+    Methods take shards, by name: the student's own, or others of the same layout, as a teacher's master is.
+    """
+
+    def shards(self) -> dict[str, Tensor]:
+        """Return what this rank holds of the student; the same names, shapes and devices at every call."""
+        ...
+
+    def whole(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters that lie whole in this rank's shards, by name, as views."""
+        ...
+
+    def fill(self, parameters: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> None:
+        """Write these parameters, cast to their dtype, from all ranks' shards; every rank must call it alike."""
         ...
 
 
@@ -37,66 +44,99 @@ class ModuleSource:
     def __init__(self, module: nn.Module):
         self.module = module
 
-    def fp32_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the module's own parameters."""
-        for name, parameter in self.module.named_parameters():
-            yield name, parameter.detach()
+    def shards(self) -> dict[str, Tensor]:
+        """Return the module's own parameters."""
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+
+    def whole(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the shards: each is a parameter."""
+        return dict(shards)
+
+    @torch.no_grad()
+    def fill(self, parameters: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> None:
+        """Copy, but for parameters that are the shards."""
+        for name, parameter in parameters.items():
+            if parameter.data_ptr() != shards[name].data_ptr():
+                parameter.copy_(shards[name])
 
 
 class Teacher(Generic[N]):
     """A copy of the student that follows it: theta_m <- m theta_m + (1 - m) theta.
 
-    `master` is float32: in bfloat16 a momentum of .995 would round every small step away. `module` computes in the
-    training dtype and is refreshed from the master. It is no submodule of what DeepSpeed wraps.
+    `master` is float32: in bfloat16 a momentum of .995 would round every small step away. It is laid out as its source
+    holds the student, so that under ZeRO every rank averages its own share and nothing else. `module` computes in the
+    training dtype and is refreshed from all ranks' masters. It is no submodule of what DeepSpeed wraps.
     """
 
+    source: ParameterSource
+
     def __init__(self, student: N, *, dropout: bool, dtype: torch.dtype = torch.float32):
-        self.module = copy.deepcopy(student)
+        """Copy the student; `follow` is to be called before the first update."""
+        self.module = copy.deepcopy(student).to(dtype)
         self.module.requires_grad_(False)
         self.module.set_activation_checkpointing(False)  # nothing is differentiated, nothing is worth recomputing
         self.module.train(dropout)
-        self.master = {name: p.detach().float().clone() for name, p in self.module.named_parameters()}
-        self.set_dtype(dtype)
+        self.master: dict[str, Tensor] = {}
+        self._resident = dict(self.module.named_parameters())
 
-    def set_dtype(self, dtype: torch.dtype) -> None:
-        """Compute in dtype. In float32 the module's parameters are the master itself."""
-        self.dtype = dtype
-        self.module.to(dtype)
-        for name, parameter in self.module.named_parameters():
-            parameter.data = self.master[name] if dtype == torch.float32 else self.master[name].to(dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the module computes in."""
+        return next(self.module.parameters()).dtype
 
-    def to(self, device: torch.device | str) -> Teacher[N]:
-        """Move to a device and return self."""
-        self.module.to(device)
-        self.master = {name: value.to(device) for name, value in self.master.items()}
-        self.set_dtype(self.dtype)
+    def follow(self, source: ParameterSource, *, by_layer: bool = False) -> Teacher[N]:
+        """Become what the source's student is, to average that from now on; return self. To be called once.
+
+        A parameter that computes in float32, and that this rank holds whole, is the master itself: no second copy.
+        by_layer: a layer's parameters are filled for each forward of that layer, and empty otherwise; what lies outside
+        the layers stays whole.
+        """
+        if by_layer:
+            self._fill_by_layer()
+        self.source = source
+        shards = source.shards()
+        self.master = {name: shard.detach().to(torch.float32, copy=True) for name, shard in shards.items()}
+        whole = source.whole(self.master)
+        for name, parameter in self._resident.items():
+            if name in whole and (whole[name].dtype, whole[name].device) == (parameter.dtype, parameter.device):
+                parameter.data = whole[name]
+        self.refresh()
         return self
 
-    @torch.no_grad()
-    def update(self, source: ParameterSource, momentum: float) -> None:
-        """Move towards the student by 1 - momentum; once per applied optimizer step."""
-        seen: set[str] = set()
-        masters, values = [], []
-        for name, value in source.fp32_parameters():
-            seen.add(name)
-            masters.append(self.master[name])
-            values.append(value.to(self.master[name].device))
-            if sum(v.numel() for v in values) >= NUMBERS_AT_ONCE:
-                ema_update_(masters, values, momentum)
-                masters, values = [], []
-        ema_update_(masters, values, momentum)
-        if missing := self.master.keys() - seen:
-            raise RuntimeError(f"the teacher got no value for {len(missing)} parameter(s), first {min(missing)}")
-        self._refresh()
+    def update(self, momentum: float) -> None:
+        """Move towards the student by 1 - momentum; once per applied optimizer step. Collective as the source is."""
+        shards = self.source.shards()
+        ema_update_(list(self.master.values()), [shards[name] for name in self.master], momentum)
+        self.refresh()
 
     @torch.no_grad()
-    def _refresh(self) -> None:
-        if self.dtype != torch.float32:
-            for name, parameter in self.module.named_parameters():
-                parameter.copy_(self.master[name])
+    def refresh(self) -> None:
+        """Let the module compute with the master's values, after they were changed."""
+        self.source.fill(self._resident, self.master)
+
+    def _fill_by_layer(self) -> None:
+        """Empty the layers, and have them filled before their forward and emptied after it."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
+        for layer in self.module.layers():
+            own = {names[id(parameter)]: parameter for parameter in layer.parameters()}
+
+            def fill(*_: object, own: dict[str, nn.Parameter] = own) -> None:
+                for name, parameter in own.items():
+                    parameter.data = parameter.data.new_empty(shapes[name])
+                self.source.fill(own, self.master)
+
+            def empty(*_: object, own: dict[str, nn.Parameter] = own) -> None:
+                for parameter in own.values():
+                    parameter.data = parameter.data.new_empty(0)
+
+            layer.register_forward_pre_hook(fill)
+            layer.register_forward_hook(empty, always_call=True)
+            empty()
+            self._resident = {name: p for name, p in self._resident.items() if name not in own}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the float32 master, by student parameter name."""
+        """Return the float32 master, by its source's names."""
         return self.master
 
     @torch.no_grad()
@@ -114,4 +154,4 @@ class Teacher(Generic[N]):
                     f"the checkpoint's teacher has {name} {tuple(value.shape)}, this model {tuple(master.shape)}"
                 )
             master.copy_(value)
-        self._refresh()
+        self.refresh()

@@ -56,6 +56,8 @@ class Batch(TypedDict):
     """(B,) int64 identifies the pair."""
     image_id: Tensor
     """(B,) int64 identifies the picture; pairs that share one are never each other's negatives."""
+    source: NotRequired[Tensor]
+    """(B,) int64 number of the data set in data.sources that the pair is of."""
     itm_draws: Tensor
     """(B, 2) float32 uniform in [0, 1): the wrong image for text b, the wrong text for image b (inverse CDF)."""
     negative_image: NotRequired[Tensor]

@@ -185,7 +185,7 @@ class RecordedStep:
         """EMA, forward, backward, queue, AdamW: the order of the published step."""
         self.model.train()
         self.model.temperature.clamp_()
-        self.teacher.update(ModuleSource(self.model), self.config.teacher_momentum(self.description["batch"]))
+        self.teacher.update(self.config.teacher_momentum(self.description["batch"]))
         result = self.task(self.batch, alpha=alpha, keep=True)
         result["loss"].backward()
         self.losses = {"total": result["loss"].detach(), **result["losses"]}
@@ -256,7 +256,7 @@ def load_recorded_networks(weights: dict[str, Tensor], config: Config, *, dropou
     # the tied decoder is one parameter under two names
     tied = {"language_head.decoder.weight": published.student["stream.embeddings.word.weight"]}
     model.load_state_dict({**published.student, **tied}, strict=True)
-    teacher = Teacher(model, dropout=dropout)
+    teacher = Teacher(model, dropout=dropout).follow(ModuleSource(model))
     # the published teacher has no copy of itm_head and temp: those stay the student's
     teacher.load_state_dict({**teacher.state_dict(), **published.teacher})
     return model, teacher

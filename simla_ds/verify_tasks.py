@@ -58,7 +58,7 @@ class RecordedTaskStep(RecordedStep):
         self.model.train()
         if hasattr(self.model, "temperature"):
             self.model.temperature.clamp_()
-        self.teacher.update(ModuleSource(self.model), self.config.teacher.momentum)
+        self.teacher.update(self.config.teacher.momentum)
         result = self.task(self.batch, alpha=alpha)
         result["loss"].backward()
         if self.queue.size:
@@ -100,7 +100,7 @@ def _load_networks(downstream: Downstream, config: ModelConfig, weights: dict[st
         raise ValueError(
             f"weights.safetensors lacks {lost[:3]} and has unknown {unexpected[:3]}: sizes of config.json?"
         )
-    teacher = Teacher(model, dropout=True)
+    teacher = Teacher(model, dropout=True).follow(ModuleSource(model))
     copies = {name: value for name, value in published.teacher.items() if name in teacher.master}  # tied: once
     teacher.load_state_dict({**teacher.state_dict(), **copies})
     return model, teacher

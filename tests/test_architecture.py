@@ -20,8 +20,10 @@ START = {"simla_ds.parsing", "simla_ds.threads"}  # what a programme does first,
 MODEL = PURE | {"simla_ds.model", "simla_kernels"}
 TASK = MODEL | {"simla_ds.objectives", "simla_ds.teacher"}
 LIBRARY = TASK | {"simla_ds.data", "simla_ds.passes", "simla_ds.task", "simla_ds.hub", "simla_ds.downstream"}
-TOOLS = {"simla_ds.visualize", "simla_ds.report", "simla_ds.planner"}
-PROGRAMMES = LIBRARY | TOOLS | START | {f"simla_ds.{name}" for name in ("engine", "evaluation", "verify", "demo")}
+TOOLS = {"simla_ds.visualize", "simla_ds.report", "simla_ds.planner", "simla_ds.scoring"}
+PROGRAMMES = (
+    LIBRARY | TOOLS | START | {f"simla_ds.{name}" for name in ("engine", "evaluation", "verify", "demo", "importing")}
+)
 
 # A layer is a module or a package; the longest name that fits a module is its layer.
 # Each may import itself, what is listed, and the bare package `simla_ds` (for __version__).
@@ -42,6 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "simla_ds.verify": LIBRARY | {"simla_ds.verify_tasks"},
     "simla_ds.verify_tasks": LIBRARY | {"simla_ds.verify"},
     "simla_ds.evaluation": LIBRARY | {"simla_ds.verify"},
+    "simla_ds.scoring": PURE | {f"simla_ds.{name}" for name in ("data", "hub", "model")},
+    "simla_ds.importing": LIBRARY,
     "simla_ds.engine": LIBRARY | {f"simla_ds.{name}" for name in ("evaluation", "parsing")},
     "simla_ds.visualize": LIBRARY | {"simla_ds.engine", "simla_ds.evaluation"},
     "simla_ds.report": LIBRARY | {"simla_ds.engine", "simla_ds.evaluation"},

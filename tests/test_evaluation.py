@@ -12,6 +12,7 @@ from PIL import Image
 from simla_ds.config import (
     Config,
     ContrastiveConfig,
+    CrossModalConfig,
     DataConfig,
     EvalConfig,
     MatchingConfig,
@@ -98,6 +99,14 @@ def test_losses_do_not_depend_on_the_batch_size(parts):
         assert small[f"loss/{name}"] == pytest.approx(large[f"loss/{name}"], rel=1e-5), name
     for name in ("itc/accuracy", "mlm/accuracy", "xmm/accuracy", "psl/average_precision", "psl/frequency_prior"):
         assert small[name] == pytest.approx(large[name], rel=1e-5), name
+
+
+def test_without_xmm_no_visual_tokenizer_is_needed(parts):
+    config, tokenizer, _ = parts
+    config = replace(config, objectives=replace(config.objectives, xmm=CrossModalConfig(weight=0)))
+    measures = HeldOut(config, tokenizer, None).measure(*networks(config))
+    assert {"loss/itc", "loss/mlm", "mlm/most_frequent"} <= measures.keys()
+    assert not [name for name in measures if "xmm" in name]
 
 
 def test_losses_are_those_of_the_training_step(parts):

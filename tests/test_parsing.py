@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 
 import pytest
 
-from simla_ds.config import Config, DataConfig, ObjectivesConfig, OptimConfig, TeacherConfig, TrainConfig
+from simla_ds.config import Config, DataConfig, ObjectivesConfig, OptimConfig, SourceConfig, TeacherConfig, TrainConfig
 from simla_ds.parsing import LaunchArguments, dump_config, parse_config
 
 
@@ -196,6 +196,29 @@ def test_a_dumped_config_is_read_back_equal(recipe, output):
     read, _ = parse_config(["--config", recipe(dump_config(config))])
     assert read == config
     assert isinstance(read.data.crop_scale, tuple)
+
+
+def test_sources_are_read_from_a_recipe_and_dumped(recipe, capsys):
+    coco, crawl = "{shards: 'data/coco-{00..11}.tar', weight: 2}", "{shards: data/crawl, weight: .5}"
+    config, _ = parse_config(["--config", recipe(f"data: {{sources: {{coco: {coco}, crawl: {crawl}}}}}")])
+    assert config.data.sources == {
+        "coco": SourceConfig(shards="data/coco-{00..11}.tar", weight=2.0),
+        "crawl": SourceConfig(shards="data/crawl", weight=0.5),
+    }
+    assert parse_config(["--config", recipe(dump_config(config))])[0] == config
+    wrong = {
+        "{coco: {weight: 2}}": "data.sources.coco.shards is missing",
+        "{coco: {shards: a, wieght: 2}}": "no key wieght; did you mean --weight",
+        "[a, b]": "sources",
+        "{coco: {shards: a, weight: x}}": "weight",
+    }
+    for sources, message in wrong.items():
+        with pytest.raises(SystemExit) as exit:
+            parse_config(["--config", recipe(f"data: {{sources: {sources}}}")])
+        assert exit.value.code == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert message in said
 
 
 def test_the_default_recipe_is_the_default(project_root):

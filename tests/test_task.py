@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from simla_ds.config import Config, CrossModalConfig, MatchingConfig
+from simla_ds.config import Config, CrossModalConfig, MatchingConfig, PseudoLabelConfig, SourceConfig
 from simla_ds.task import PretrainTask
 from simla_ds.types import Batch
 from tests.tiny import labelled, make_batch, make_task, run_config, with_masks
@@ -55,6 +55,33 @@ def test_an_objective_that_is_switched_off_leaves_the_others_losses_alone(off: s
     assert some.keys() == set(NAMES) - {off}
     for name, loss in some.items():
         torch.testing.assert_close(loss, every[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum_over_words"])
+def test_losses_of_single_rows_have_the_losses_as_their_mean_and_add_up_by_source(reduction: Any):
+    config = run_config(psl=PseudoLabelConfig(reduction=reduction))
+    sources = {name: SourceConfig(shards=name) for name in ("a", "b", "c")}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    batch = make_batch([7, 4, 6, 5])
+    batch["image_id"] = torch.tensor([0, 1, 1, 3])  # two captions of one picture: no negatives of each other
+    plain = make_task(config)(batch, alpha=0.4)
+    assert "by_source" not in plain
+    batch["source"] = torch.tensor([0, 2, 2, 0])
+    task = make_task(config)
+    result = task(batch, alpha=0.4, keep=True)
+    assert all(torch.equal(result["losses"][name], plain["losses"][name]) for name in NAMES)
+    assert result["by_source"]["pairs"][:, 1].tolist() == [2, 0, 2]
+    for name in NAMES:
+        losses, weights, pairs = task.objectives[name].row_losses(
+            batch, result["features"], result["outputs"][name], 0.4
+        )
+        mean = (losses * weights).sum() / weights.sum()
+        torch.testing.assert_close(mean, result["losses"][name], atol=1e-5, rtol=1e-5)
+        sums = result["by_source"][name]
+        assert sums[1].tolist() == [0, 0]
+        of_first = (pairs == 0) | (pairs == 3)
+        torch.testing.assert_close(sums[0, 0], (losses * weights)[of_first].sum())
+        torch.testing.assert_close(sums[:, 1].sum(), weights.sum())
 
 
 def test_xmm_runs_at_every_kth_step_only_and_costs_nothing_at_the_others():

@@ -128,11 +128,11 @@ def no_layer_norm_on_the_image_stream(patch: Patch) -> None:
 def no_ema_before_the_forward(patch: Patch) -> None:
     """Run it after the forward instead, so that what is recorded of the teacher afterwards is still right."""
     update, forward, waiting = Teacher.update, PretrainTask.forward, []
-    patch.setattr(Teacher, "update", lambda self, source, momentum: waiting.append((source, momentum)))
+    patch.setattr(Teacher, "update", lambda self, momentum: waiting.append(momentum))
 
     def late(self: Any, *arguments: Any, **named: Any) -> dict[str, Any]:
         result = forward(self, *arguments, **named)
-        update(self.teacher, *waiting.pop())
+        update(self.teacher, waiting.pop())
         return result
 
     patch.setattr(PretrainTask, "forward", late)

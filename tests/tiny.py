@@ -20,7 +20,7 @@ from simla_ds.config import (
 from simla_ds.model.simla import Simla
 from simla_ds.objectives import FeatureQueue
 from simla_ds.task import PretrainTask
-from simla_ds.teacher import Teacher
+from simla_ds.teacher import ModuleSource, Teacher
 from simla_ds.types import Batch
 
 M = TypeVar("M", bound=nn.Module)
@@ -90,7 +90,7 @@ def make_task(config: Config, seed: int = 0) -> PretrainTask:
     """Return a task whose teacher differs from its student and whose queue is full."""
     student, teacher_start = Simla(config.model), Simla(config.model)
     spread_weights(student, seed)
-    teacher = Teacher(student, dropout=config.teacher_dropout)
+    teacher = Teacher(student, dropout=config.teacher_dropout).follow(ModuleSource(student))
     spread_weights(teacher_start, seed + 1)
     for name, parameter in teacher_start.named_parameters():
         teacher.master[name].lerp_(parameter.detach(), 0.3)

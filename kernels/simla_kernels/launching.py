@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,10 @@ def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, **arguments
     if _recording is not None:
         _recording.launches.append(Launch(kernel, {**arguments, **config.tiles}, config))
     elif all(grid):  # an empty tensor has no programs, and a driver refuses an empty grid
-        kernel[grid](**arguments, **config.tiles, num_warps=config.num_warps, num_stages=config.num_stages)
+        device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+        # Triton launches on the current card, which need not be the tensors'
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](**arguments, **config.tiles, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def architecture(device: torch.device) -> str:

@@ -9,17 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from simla_kernels import checking, dispatch, tuned
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest error in units of a result's largest entry."""
 SIZES = 3
+T = TypeVar("T")
 
 
 @cache
@@ -27,31 +33,42 @@ def objection(op: str, device: torch.device) -> str | None:
     """Return why `op`'s Triton implementation may not be used on `device`; None when it passed."""
     path, key = _cache_file(), _key(op, device)
     verdicts = _read(path)
-    if key not in verdicts:
-        verdicts[key] = failure(op, device)
-        _write(path, verdicts)
-    return verdicts[key]
+    if key in verdicts:
+        return verdicts[key]
+    try:
+        verdict = _apart(failure, op, device)
+    except Exception as error:  # a compiler or driver may fail in any way, this once or always: nothing is kept
+        return f"its self-check on {device} ended with {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    _write(path, _read(path) | {key: verdict})
+    return verdict
 
 
 def failure(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCES)) -> str | None:
-    """Run the check now; return what failed first, or None."""
+    """Run the check now; return what failed first, or None. Whatever the kernel raises is raised."""
     operation = dispatch.OPERATIONS[op]
     for dtype in dtypes:
         for size in range(SIZES):
             arguments = operation.example(size, device, dtype)
             truth = checking.results(operation.reference, checking.upcast(arguments))
+            trained = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.requires_grad]
+            if unseen := [name for name in trained if f"grad.{name}" not in truth]:
+                return f"its self-check on {device} computed no gradient of {', '.join(unseen)}"
             with dispatch.forced("triton"):
-                try:
-                    first = checking.results(operation.function, arguments)
-                    second = checking.results(operation.function, arguments)
-                except Exception as error:  # a compiler or driver may fail in any way; the verdict must say so
-                    return f"its self-check on {device} ended with {type(error).__name__}: {str(error).splitlines()[0]}"
+                first = checking.results(operation.function, arguments)
+                second = checking.results(operation.function, arguments)
             for name, error in checking.errors(first, truth).items():
                 if not error <= TOLERANCES[dtype]:
                     return f"its self-check on {device} found {name} off by {error:.1e} in {dtype} (size {size})"
             if any(not torch.equal(first[name], second[name]) for name in first):
                 return f"its self-check on {device} found two runs that differ in {dtype} (size {size})"
     return None
+
+
+def _apart(function: Callable[..., T], *arguments: Any) -> T:
+    """Call in a thread of its own: none of the caller's modes (no_grad, autocast, FakeTensorMode, an operator's
+    missing autograd) holds there, and with any of them gradients would go unchecked."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _key(op: str, device: torch.device) -> str:
@@ -79,7 +96,10 @@ def _read(path: Path) -> dict[str, str | None]:
 
 
 def _write(path: Path, verdicts: dict[str, str | None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(f".{os.getpid()}")  # ranks may write at once: each renames a whole file
-    whole.write_text(json.dumps(verdicts, indent=1) + "\n", encoding="utf-8")
-    whole.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_text(json.dumps(verdicts, indent=1) + "\n", encoding="utf-8")
+        whole.replace(path)
+    except OSError as error:
+        print(f"simla_kernels: self-checks will run at every start, {path} cannot be written: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from simla_ds.config import Config, VocabularyConfig
 from simla_ds.data.masking import block_mask, mask_tokens
-from simla_ds.data.sample import clean_caption, read_picture, read_record
+from simla_ds.data.sample import clean_caption, open_picture, picture_bytes, read_record
 from simla_ds.data.transforms import make_transform, normalise
 from simla_ds.types import Batch
 
@@ -58,6 +58,8 @@ class Pair:
     image_id: int
     itm_draws: np.ndarray
     """(2,) float32."""
+    source: int | None = None
+    """Number of the source, where several are mixed."""
 
 
 class PairMaker:
@@ -71,7 +73,7 @@ class PairMaker:
     def make(self, key: str, members: Mapping[str, bytes | None], rng: np.random.Generator) -> Pair:
         """Read, transform, tokenise and mask one sample. Raises SkipSample."""
         record = read_record(key, members)
-        picture = read_picture(members, self.transform.room)
+        picture = open_picture(picture_bytes(members))
         raw = record.captions[int(rng.integers(len(record.captions)))]
         caption = clean_caption(raw, self.config.data.max_words)
         image, visual_view = self.transform(picture, caption, rng)
@@ -129,6 +131,8 @@ def collate(pairs: list[Pair], vocabulary: VocabularyConfig, pad_to: int = 0) ->
         "itm_draws": torch.from_numpy(np.stack([pair.itm_draws for pair in pairs])),
     }
     views = [pair.visual_view for pair in pairs if pair.visual_view is not None]
+    if pairs[0].source is not None:
+        batch["source"] = torch.tensor([pair.source for pair in pairs])
     if views:
         batch["visual_view"] = torch.stack(views).float().div_(255)
     if torch.cuda.is_available():

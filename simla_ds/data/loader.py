@@ -16,19 +16,21 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simla_ds.config import Config
 from simla_ds.data.batch import Pair, PairMaker, Tokenizer, collate
-from simla_ds.data.order import EpochOrder, Stream, sample_generator
+from simla_ds.data.order import EpochOrder, Order, Stream, WeightedOrder, sample_generator
 from simla_ds.data.remote import ShardCache, open_shards
-from simla_ds.data.sample import Reason, SkipSample
+from simla_ds.data.sample import Reason, SkipSample, stable_hash
 from simla_ds.data.shards import ShardFiles, find_shards
 from simla_ds.types import Batch
 
@@ -68,12 +70,23 @@ class Chunk:
 class PairDataset(Dataset):
     """Pairs by global index, over all epochs."""
 
-    def __init__(self, files: ShardFiles, maker: PairMaker, order: EpochOrder, seed: int):
+    def __init__(
+        self, files: ShardFiles, maker: PairMaker, order: Order, seed: int, sources: Sequence[tuple[str, int]] = ()
+    ):
+        """sources: name and number of shards of each of several sources; empty for one."""
         self.files, self.maker, self.order, self.seed = files, maker, order, seed
+        self.last_shards = np.cumsum([shards for _, shards in sources])
+        self.salts = [stable_hash(name) for name, _ in sources]
 
     def __getitem__(self, global_index: int) -> Pair:
         """Read one pair. Raises SkipSample."""
-        return read_pair(self.files, self.maker, *self.order.locate(global_index), self.seed, global_index)
+        shard, number = self.order.locate(global_index)
+        pair = read_pair(self.files, self.maker, shard, number, self.seed, global_index)
+        if self.salts:
+            pair.source = int(np.searchsorted(self.last_shards, shard, side="right"))
+            pair.sample_id ^= self.salts[pair.source]  # sources may use the same keys for other things
+            pair.image_id ^= self.salts[pair.source]
+        return pair
 
     def __getitems__(self, global_indices: list[int]) -> Chunk:
         """Read several, as a worker does."""
@@ -122,6 +135,8 @@ class StreamLoader(ABC):
         """
         self.config, self.rank, self.world_size = config, rank, world_size
         self.dataset, self.epoch_size = dataset, epoch_size
+        self.sources: dict[str, Any] = {}
+        """Samples and weight of each of several sources that are mixed, as JSON."""
         self._check_size()
         self.skipped: Counter[str] = Counter()
         self.retried = 0
@@ -156,9 +171,7 @@ class StreamLoader(ABC):
             if in_a_row >= self.epoch_size:
                 self.close()
                 reasons = ", ".join(f"{reason}: {count}" for reason, count in passed.most_common())
-                raise ValueError(
-                    f"data.train={self.config.data.train}: none of {in_a_row} samples is usable ({reasons})"
-                )
+                raise ValueError(f"{self.config.data.named}: none of {in_a_row} samples is usable ({reasons})")
         self.skipped += passed
         return self.collate(pairs)
 
@@ -174,6 +187,7 @@ class StreamLoader(ABC):
             raise ValueError(f"state_dict needs local_position() of all {self.world_size} ranks, got {positions}")
         return {
             "epoch_size": self.epoch_size,
+            "sources": self.sources,
             "seed": self.config.train.seed,
             "shuffle_window": self.config.data.shuffle_window,
             "left_over": list(self._stream.left_over),
@@ -187,7 +201,8 @@ class StreamLoader(ABC):
         Raises ValueError when the data or the order are not those of the state.
         """
         for name, setting, now in (
-            ("epoch_size", "samples of data.train", self.epoch_size),
+            ("epoch_size", "samples of the training data", self.epoch_size),
+            ("sources", "data.sources", self.sources),
             ("seed", "train.seed", self.config.train.seed),
             ("shuffle_window", "data.shuffle_window", self.config.data.shuffle_window),
         ):
@@ -218,7 +233,7 @@ class StreamLoader(ABC):
                 chunk = next(self._chunks)
             except RuntimeError as error:  # torch's word for a worker that is silent or gone
                 raise StalledData(
-                    f"rank {self.rank}: a loader process of data.train={self.config.data.train} is stuck or gone "
+                    f"rank {self.rank}: a loader process of {self.config.data.named} is stuck or gone "
                     f"(data.timeout={self.config.data.timeout} s): {str(error).splitlines()[0]}"
                 ) from error
             self.retried += chunk.retried
@@ -245,11 +260,12 @@ class StreamLoader(ABC):
         )
 
     def _check_size(self) -> None:
-        train, batch_size = self.config.data.train, self.config.train.batch_size
+        batch_size = self.config.train.batch_size
         if self.epoch_size < batch_size * self.world_size:
             raise ValueError(
-                f"data.train={train} holds {self.epoch_size} samples, fewer than one batch of {batch_size} pairs on "
-                f"{self.world_size} rank(s); set train.batch_size <= {self.epoch_size // self.world_size} or add data"
+                f"{self.config.data.named} holds {self.epoch_size} samples, fewer than one batch of {batch_size} pairs "
+                f"on {self.world_size} rank(s); set train.batch_size <= {self.epoch_size // self.world_size} or add "
+                "data"
             )
 
 
@@ -261,10 +277,20 @@ class PairLoader(StreamLoader):
 
         Raises ValueError when data.train matches no shards or holds fewer samples than one batch of all ranks.
         """
-        files = _open(config, config.data.train, "data.train")
-        order = EpochOrder([len(shard) for shard in files.shards], config.data.shuffle_window, config.train.seed)
+        data, seed = config.data, config.train.seed
+        found = {
+            name: find_shards(source.shards, f"data.sources.{name}", True) for name, source in data.sources.items()
+        }
+        paths = [*chain(*found.values())] if found else find_shards(data.train, remote=True)
+        files = _open(config, paths)
+        sizes = [len(shard) for shard in files.shards]
+        counts = [(name, len(shards)) for name, shards in found.items()]
+        order = make_order(config, sizes, counts)
         maker = PairMaker(config, tokenizer, visual_view_size, train=True)
-        super().__init__(config, PairDataset(files, maker, order, config.train.seed), len(order), rank, world_size)
+        super().__init__(config, PairDataset(files, maker, order, seed, counts), len(order), rank, world_size)
+        for name, shards in counts:
+            self.sources[name] = {"samples": sum(sizes[:shards]), "weight": data.sources[name].weight}
+            sizes = sizes[shards:]
         self.vocabulary = tokenizer.vocabulary
         self.retried = files.retried
         # A shard's damage is one skip of the whole run, hence of one rank
@@ -274,6 +300,21 @@ class PairLoader(StreamLoader):
         """Stack pairs; captions that are exchanged between ranks must be of one length."""
         shared = self.world_size > 1 and self.config.objectives.itm.negatives == "global"
         return collate(items, self.vocabulary, pad_to=self.config.data.max_tokens if shared else 0)
+
+
+def make_order(config: Config, sizes: Sequence[int], sources: Sequence[tuple[str, int]]) -> Order:
+    """The order of shards of these sizes; sources: name and number of shards of each of several."""
+    window, seed = config.data.shuffle_window, config.train.seed
+    weights = [config.data.sources[name].weight for name, _ in sources]
+    if not any(weights):
+        return EpochOrder(sizes, window, seed)
+    orders, first = [], 0
+    for number, (name, shards) in enumerate(sources):
+        orders.append(EpochOrder(sizes[first : first + shards], window, seed + (number << 32)))
+        if not len(orders[-1]):
+            raise ValueError(f"data.sources.{name}: none of {shards} shards holds a sample; take the source out")
+        first += shards
+    return WeightedOrder(orders, weights, seed)
 
 
 def eval_batches(
@@ -294,7 +335,7 @@ def eval_batches(
     out. batch_size: 0 takes eval.batch_size; the last batch may be smaller. Rank r gets samples r, r + world_size, ...
     Yields each batch with `key` and (cleaned) `caption` of its samples.
     """
-    files = _open(config, shards, "data.val")
+    files = _open(config, find_shards(shards, "data.val", remote=True))
     maker = PairMaker(config, tokenizer, visual_view_size, train=False)
     places = [(shard, number) for shard, index in enumerate(files.shards) for number in range(len(index))]
     pairs: list[Pair] = []
@@ -314,11 +355,11 @@ def eval_batches(
         yield finished()
 
 
-def _open(config: Config, shards: str, key: str) -> ShardFiles:
-    """The shards that a configuration key names, wherever they are."""
+def _open(config: Config, paths: list[str]) -> ShardFiles:
+    """Shards, wherever they are."""
     data = config.data
     cache = ShardCache(Path(data.cache_dir).expanduser(), int(data.cache_gb * 1e9), data.fetch_tries)
-    return ShardFiles(open_shards(find_shards(shards, key, remote=True), cache), cache=cache)
+    return ShardFiles(open_shards(paths, cache), cache=cache)
 
 
 def _chunked(stream: Stream, element: int, step: int, size: int) -> Iterator[list[int]]:

@@ -9,15 +9,29 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
-_SHARDS, _WINDOW, _SAMPLE = 1, 2, 3  # so that no two uses of a seed draw the same numbers
+_SHARDS, _WINDOW, _SAMPLE, _SOURCE = 1, 2, 3, 4  # so that no two uses of a seed draw the same numbers
 
 
 def sample_generator(seed: int, global_index: int) -> np.random.Generator:
     """The generator that every random draw about one pair comes from."""
     return np.random.default_rng([_SAMPLE, seed, global_index])
+
+
+class Order(Protocol):
+    """Which sample comes when."""
+
+    def __len__(self) -> int:
+        """Samples there are."""
+        ...
+
+    def locate(self, global_index: int) -> tuple[int, int]:
+        """Number of the shard, and of the sample in it, at a global index."""
+        ...
 
 
 class EpochOrder:
@@ -61,6 +75,56 @@ class EpochOrder:
             generator = np.random.default_rng([_WINDOW, self.seed, epoch, window])
             _keep(self._windows, (epoch, window), generator.permutation(flat), limit=3)
         return self._windows[epoch, window]
+
+
+class WeightedOrder:
+    """Sources in given proportions, each in its own endless order.
+
+    Exact, not drawn: of any first m pairs source s has m * weight_s / total, to less than BLOCK pairs.
+    """
+
+    BLOCK = 1024
+    """Pairs within which the sources' places are permuted."""
+
+    def __init__(self, sources: Sequence[EpochOrder], weights: Sequence[float], seed: int):
+        """sources: over shards numbered on from one source to the next."""
+        self.sources, self.seed = sources, seed
+        total = sum(map(Fraction, weights))
+        self.shares = [Fraction(weight) / total for weight in weights]
+        self._heaviest = self.shares.index(max(self.shares))
+        shards = [len(source.sizes) for source in sources]
+        self._first_shard = [sum(shards[:number]) for number in range(len(shards))]
+        self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def locate(self, global_index: int) -> tuple[int, int]:
+        """Number of the shard, and of the sample in it, at a global index."""
+        number, place = divmod(global_index, self.BLOCK)
+        source, index = (int(values[place]) for values in self._block(number))
+        shard, sample = self.sources[source].locate(index)
+        return self._first_shard[source] + shard, sample
+
+    def _block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source of each place, and which of that source's pairs it is."""
+        if number not in self._blocks:
+            before, after = self._counts(number * self.BLOCK), self._counts((number + 1) * self.BLOCK)
+            counts = [b - a for a, b in zip(before, after, strict=True)]
+            sources = np.repeat(np.arange(len(counts)), counts)
+            indices = np.concatenate([np.arange(a, b) for a, b in zip(before, after, strict=True)])
+            # a permutation of the sources' places alone: each source's own pairs stay in its order
+            sources = np.random.default_rng([_SOURCE, self.seed, number]).permutation(sources)
+            in_order = np.empty_like(indices)
+            in_order[np.argsort(sources, kind="stable")] = indices
+            _keep(self._blocks, number, (sources, in_order), limit=2)
+        return self._blocks[number]
+
+    def _counts(self, pairs: int) -> list[int]:
+        """Pairs of each source among the first `pairs`, which they add up to."""
+        counts = [int(pairs * share) for share in self.shares]
+        counts[self._heaviest] += pairs - sum(counts)
+        return counts
 
 
 @dataclass(frozen=True)

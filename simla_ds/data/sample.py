@@ -42,6 +42,8 @@ Reason = Literal[
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # none that runs other programs, as EPS does
+_SCALED = ("JPEG", "MPO")
+"""Formats that can be decoded at a half, a quarter or an eighth of their size."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -113,7 +115,7 @@ def read_record(key: str, members: Mapping[str, bytes | None]) -> Record:
     return Record(tuple(captions), sample_id, stable_hash(str(image_id)), str(image_id))
 
 
-def read_picture(members: Mapping[str, bytes | None], room: int = 0) -> Image.Image:
+def read_picture(members: Mapping[str, bytes | None], room: float = 0) -> Image.Image:
     """The sample's picture in RGB, upright; the first frame of an animation; transparency over white.
 
     room: a JPEG may be decoded at a half, quarter or eighth as long as the square root of its pixels stays >= room
@@ -145,7 +147,7 @@ def open_picture(data: bytes) -> Image.Image:
     return picture
 
 
-def decode_picture(picture: Image.Image, room: int = 0) -> Image.Image:
+def decode_picture(picture: Image.Image, room: float = 0) -> Image.Image:
     """Decode what open_picture returned, as read_picture does. Raises SkipSample."""
     with _errors_as_reasons():
         return upright_rgb(picture, room)
@@ -183,6 +185,15 @@ def stable_hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little") >> 1
 
 
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height that what open_picture returned will have when decoded whole. Raises SkipSample."""
+    with _errors_as_reasons():
+        if picture.format not in _SCALED:
+            picture.load()  # its header may not know yet how it is turned; TIFFs turn themselves
+        turned = picture.format != "TIFF" and _orientation(picture) in (5, 6, 7, 8)
+    return (picture.height, picture.width) if turned else picture.size
+
+
 def _text(data: bytes | None) -> str:
     if data is None or len(data) > MAX_TEXT_BYTES:
         raise SkipSample("caption too large")
@@ -192,18 +203,21 @@ def _text(data: bytes | None) -> str:
         raise SkipSample("caption not UTF-8") from None
 
 
-def upright_rgb(picture: Image.Image, room: int) -> Image.Image:
-    if room and picture.format in ("JPEG", "MPO"):
+def upright_rgb(picture: Image.Image, room: float) -> Image.Image:
+    if room and picture.format in _SCALED:
         shrink = min((picture.width * picture.height) ** 0.5 / room, 8.0)
         if shrink >= 2:
             picture.draft("RGB", (int(picture.width / shrink), int(picture.height / shrink)))
     picture.load()
-    rgb = _to_rgb(picture)
-    try:
-        turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken metadata says nothing about the pixels
-        turn = None
+    rgb, turn = _to_rgb(picture), _UPRIGHT.get(_orientation(picture))
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken metadata says nothing about the pixels
+        return 1
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

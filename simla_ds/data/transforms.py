@@ -2,7 +2,7 @@
 
 Crop, flip and the geometric operations of RandAugment (shear, translate, rotate) are drawn once and applied to both
 views; photometric operations (contrast, brightness, sharpness) change the encoder's view only. Operations and
-strengths are those of the official implementation (REFERENCE: ALBEF's RandomAugment(2, 7)), on uint8 with Pillow.
+strengths are those of the official implementation (REFERENCE: ALBEF's RandomAugment(2, 7)), on uint8.
 Translation is scaled with the picture: magnitude / 256 of its side, the official 7 pixels at 256 px and magnitude 7.
 """
 
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from simla_ds.config import Config
+from simla_ds.data.sample import decode_picture, upright_size
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -118,11 +120,6 @@ class TrainTransform:
     augment_ops: int
     augment_magnitude: int
 
-    @property
-    def room(self) -> int:
-        """Square root of the pixels that a picture must keep when decoded, so that no crop is enlarged for it."""
-        return math.ceil(max(self.image_size, self.visual_view_size) / math.sqrt(self.crop_scale[0] * _MIN_ASPECT))
-
     def draw(self, width: int, height: int, caption: str, rng: np.random.Generator) -> Geometry:
         """Draw crop, flip and operations for a picture of width x height pixels described by caption."""
         box = draw_crop(width, height, self.crop_scale, rng)
@@ -139,9 +136,16 @@ class TrainTransform:
     def __call__(
         self, picture: Image.Image, caption: str, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the views, uint8 (3, S, S) and (3, V, V) or None."""
-        geometry = self.draw(picture.width, picture.height, caption, rng)
-        return make_views(picture, geometry, self.image_size, self.visual_view_size)
+        """Return the views, uint8 (3, S, S) and (3, V, V) or None, of what sample.open_picture returned.
+
+        Drawn for the whole picture; a JPEG is then decoded no larger than its crop needs. Raises SkipSample.
+        """
+        width, height = upright_size(picture)
+        geometry = self.draw(width, height, caption, rng)
+        left, top, right, bottom = geometry.box
+        shrink = min((right - left) * width, (bottom - top) * height) / max(self.image_size, self.visual_view_size)
+        decoded = decode_picture(picture, room=math.sqrt(width * height) / shrink)
+        return make_views(decoded, geometry, self.image_size, self.visual_view_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,19 +154,19 @@ class EvalTransform:
 
     image_size: int
     visual_view_size: int
-    room: int = 0
 
     def __call__(
         self, picture: Image.Image, caption: str, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the views, uint8 (3, S, S) and (3, V, V) or None. Nothing is drawn."""
-        return make_views(picture, WHOLE, self.image_size, self.visual_view_size)
+        """Return the views, uint8 (3, S, S) and (3, V, V) or None. Nothing is drawn. Raises SkipSample."""
+        return make_views(decode_picture(picture), WHOLE, self.image_size, self.visual_view_size)
 
 
 def draw_crop(
     width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """A crop as torchvision's RandomResizedCrop draws it: area uniform in scale, aspect log-uniform in 3/4 to 4/3.
+    """A crop as torchvision's RandomResizedCrop draws it: area uniform in scale, aspect log-uniform in 3/4 to 4/3,
+    corners at whole pixels.
 
     Returns shares of the sides. After ten draws that don't fit: the largest central crop with an aspect in range.
     """
@@ -174,10 +178,10 @@ def draw_crop(
     if fits.any():
         first = int(fits.argmax())
         wide, high = float(widths[first]), float(heights[first])
-        left, top = (width - wide) * draws[first, 2], (height - high) * draws[first, 3]
+        left, top = (width - wide + 1) * draws[first, 2] // 1, (height - high + 1) * draws[first, 3] // 1
     else:
-        wide, high = min(width, height * _MAX_ASPECT), min(height, width / _MIN_ASPECT)
-        left, top = (width - wide) / 2, (height - high) / 2
+        wide, high = min(width, round(height * _MAX_ASPECT)), min(height, round(width / _MIN_ASPECT))
+        left, top = (width - wide) // 2, (height - high) // 2
     return left / width, top / height, (left + wide) / width, (top + high) / height
 
 
@@ -185,9 +189,21 @@ def make_views(
     picture: Image.Image, geometry: Geometry, image_size: int, visual_view_size: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The encoder's view (3, S, S) and the visual tokeniser's (3, V, V), uint8; None when visual_view_size is 0."""
-    visual = _crop(picture, geometry, visual_view_size) if visual_view_size else None
-    view = visual if visual is not None and image_size == visual_view_size else _crop(picture, geometry, image_size)
-    for name, strength in geometry.operations:
+    crop = _crop(picture, geometry.box)
+    view = _resize(crop, image_size, geometry.flip)
+    if visual_view_size in (0, image_size):
+        visual = view if visual_view_size else None
+    else:
+        visual = _resize(crop, visual_view_size, geometry.flip)
+    return _operate(view, visual, geometry.operations) if geometry.operations else (view, visual)
+
+
+def _operate(
+    planes: np.ndarray, visual_planes: np.ndarray | None, operations: tuple[tuple[str, float], ...]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    view = _picture(planes)
+    visual = view if visual_planes is planes else None if visual_planes is None else _picture(visual_planes)
+    for name, strength in operations:
         if name in GEOMETRIC:
             affine, before = GEOMETRIC[name](strength), view
             view = _warp(view, affine)
@@ -210,12 +226,17 @@ def normalise(views: Tensor) -> Tensor:
     return views.float().sub_(mean).div_(std)
 
 
-def _crop(picture: Image.Image, geometry: Geometry, size: int) -> Image.Image:
-    left, top, right, bottom = geometry.box
-    box = (left * picture.width, top * picture.height, right * picture.width, bottom * picture.height)
-    box = (box[0], box[1], min(box[2], picture.width), min(box[3], picture.height))  # rounding may exceed by 1e-13
-    view = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if geometry.flip else view
+def _crop(picture: Image.Image, box: tuple[float, float, float, float]) -> Tensor:
+    """(1, 3, height, width) uint8; of a picture that was decoded small, to the nearest of its pixels."""
+    left, top, right, bottom = (round(share * side) for share, side in zip(box, picture.size * 2, strict=True))
+    pixels = np.array(picture.crop((left, top, max(right, left + 1), max(bottom, top + 1))))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _resize(crop: Tensor, size: int, flip: bool) -> np.ndarray:
+    """Bicubic with antialiasing: Pillow's result to a level of 255, where there is AVX2 in a quarter of its time."""
+    view = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+    return (view.flip(2) if flip else view).numpy()
 
 
 def _warp(view: Image.Image, affine: Affine) -> Image.Image:
@@ -224,6 +245,10 @@ def _warp(view: Image.Image, affine: Affine) -> Image.Image:
     return view.transform(
         view.size, Image.Transform.AFFINE, pixels, resample=Image.Resampling.BILINEAR, fillcolor=_GREY
     )
+
+
+def _picture(planes: np.ndarray) -> Image.Image:
+    return Image.merge("RGB", [Image.fromarray(plane) for plane in planes])
 
 
 def _planes(view: Image.Image) -> np.ndarray:

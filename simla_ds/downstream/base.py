@@ -7,7 +7,7 @@ B examples of this rank's micro-batch, L padded text length. Batches are plain d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -36,13 +36,11 @@ class TaskNetwork(Network):
 
 
 class Downstream(ABC):
-    """One task: what its entries must hold, its loss, its predictions and their measures.
-
-    Its loss sees a student and a teacher of the class `network`.
-    """
+    """One task: what its entries must hold, what is trained on them, its predictions and their measures."""
 
     name: ClassVar[str]
     network: ClassVar[type[Network]]
+    """Of student and teacher."""
     metric: ClassVar[str]
     """The measure (higher is better) that picks the best weights."""
     whole = False
@@ -90,32 +88,50 @@ class Downstream(ABC):
     # training
 
     @abstractmethod
-    def loss(self, student: Any, teacher: Any, batch: TaskBatch, alpha: float) -> Tensor:
-        """Return the scalar loss; alpha is the weight of the teacher's targets."""
-
     def module(self, model: Any, teacher: Teacher, config: FinetuneConfig) -> nn.Module:
         """Return what the DeepSpeed engine wraps."""
-        return FinetuneModule(self, model, teacher, config)
 
     # evaluation
+
+    @abstractmethod
+    def predictions(self, network: Any, batches: Iterable[TaskBatch]) -> list[dict[str, Any]]:
+        """Return what the network, in eval mode, says of all batches, as JSON values; `entry` is the entry's number."""
+
+    @abstractmethod
+    def measures(self, entries: Sequence[Entry], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Return the protocol's numbers."""
+
+
+class SupervisedTask(Downstream):
+    """A task with a label for each example: one loss, and a prediction for each example by itself."""
+
+    @abstractmethod
+    def loss(self, student: Any, teacher: Any, batch: TaskBatch, alpha: float) -> Tensor:
+        """Return the scalar loss; alpha is the weight of the teacher's targets."""
 
     @abstractmethod
     def predict(self, network: Any, batch: TaskBatch) -> list[dict[str, Any]]:
         """Return what the network says of each example of a batch, as JSON values; network is in eval mode."""
 
-    @abstractmethod
-    def measures(self, entries: Sequence[Entry], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Return the protocol's numbers; prediction["entry"] is the number of its entry."""
+    def module(self, model: Any, teacher: Teacher, config: FinetuneConfig) -> nn.Module:
+        """Return the student under this task's loss."""
+        return FinetuneModule(self, model, teacher, config)
 
-    @torch.no_grad()
     def predictions(self, network: Any, batches: Iterable[TaskBatch]) -> list[dict[str, Any]]:
-        """Return what the network says of all batches, with `entry`, the number of the entry."""
-        device, found = next(network.parameters()).device, []
-        for batch in batches:
-            moved = {name: value.to(device) for name, value in batch.items()}
-            said = self.predict(network, moved)
-            found += [{"entry": n, **answer} for n, answer in zip(batch["number"].tolist(), said, strict=True)]
-        return found
+        """Return what the network says of all batches."""
+        return predict_each(network, batches, self.predict)
+
+
+@torch.no_grad()
+def predict_each(
+    network: Any, batches: Iterable[TaskBatch], predict: Callable[[Any, TaskBatch], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return what `predict` says of each batch, moved to the network's device, with `entry` from its `number`."""
+    device, found = next(network.parameters()).device, []
+    for batch in batches:
+        said = predict(network, {name: value.to(device) for name, value in batch.items()})
+        found += [{"entry": n, **answer} for n, answer in zip(batch["number"].tolist(), said, strict=True)]
+    return found
 
 
 class FinetuneModule(nn.Module):
@@ -123,7 +139,7 @@ class FinetuneModule(nn.Module):
 
     counted = ()
 
-    def __init__(self, downstream: Downstream, model: Network, teacher: Teacher, config: FinetuneConfig):
+    def __init__(self, downstream: SupervisedTask, model: Network, teacher: Teacher, config: FinetuneConfig):
         super().__init__()
         self.downstream, self.model, self.config = downstream, model, config
         self.queue = FeatureQueue(0, model.config.projection_size)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from simla_ds.data.sample import clean_caption
 from simla_ds.downstream.annotations import Annotations, Entry, wrong_text
-from simla_ds.downstream.base import Downstream, TaskBatch, distilled_class_loss
+from simla_ds.downstream.base import SupervisedTask, TaskBatch, distilled_class_loss
 
 MAX_WORDS = 30
 """Words of a sentence that are kept, as published."""
 
 
-class Classification(Downstream):
+class Classification(SupervisedTask):
     """Classes from [CLS], distilled from the momentum teacher (ALBEF section 5)."""
 
     classes: ClassVar[tuple[str, ...]]
@@ -50,9 +50,10 @@ class Classification(Downstream):
 
     def loss(self, student: Any, teacher: Any, batch: TaskBatch, alpha: float) -> Tensor:
         """Return the distilled cross-entropy of `label` (B,)."""
+        logits = student(batch)
         with torch.no_grad():
-            targets = teacher(batch)
-        return distilled_class_loss(student(batch), targets, batch["label"], alpha)
+            targets = teacher(batch) if alpha else logits
+        return distilled_class_loss(logits, targets, batch["label"], alpha)
 
     def predict(self, network: Any, batch: TaskBatch) -> list[dict[str, Any]]:
         """Return the likeliest class and the probabilities of all."""

@@ -9,6 +9,7 @@ from simla_ds.config import (
     Config,
     DataConfig,
     EvalConfig,
+    InitConfig,
     ObjectivesConfig,
     OptimConfig,
     TeacherConfig,
@@ -19,9 +20,23 @@ TaskName = Literal["retrieval", "grounding", "vqa", "nlvr2", "snli_ve"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneInit(InitConfig):
+    """Start weights."""
+
+    text: str = ""
+    """For pretraining only: a task starts from a whole model."""
+    vision: str = ""
+    """For pretraining only: a task starts from a whole model."""
+    checkpoint: str = ""
+    """Model folder of this project, such as RUN/final; --model for short. Empty: the task is learnt from scratch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneData(DataConfig):
     """Where a task's examples come from."""
 
+    visual_tokenizer: str = ""
+    """For pretraining only: no task reads visual tokens."""
     image_root: str = ""
     """Folder that the annotations' picture paths start from. Empty: the annotation file's own folder."""
     answers: str = ""
@@ -32,8 +47,15 @@ class FinetuneData(DataConfig):
     """Words kept of a text."""
     max_tokens: int = 50
     """Tokens kept of a text, [CLS] and [SEP] included."""
+    scenes_dir: str = "data/scenes"
+    """Folder of the embedded scenes. When it is not there, scenes_used of them are prepared in scenes_dir_N."""
     scenes_used: int = 4_000
     """Training scenes that examples are made of, when data.train is a folder of scenes; 0: all."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sources:
+            raise ValueError("data.sources is pretraining's: name a task's annotation file in data.train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +66,8 @@ class FinetuneConfig(Config):
     """What to train for."""
     inputs: Literal["both", "text", "image"] = "both"
     """What the model gets to see: `text` blanks the pictures and `image` the words, to learn what a task gives away."""
+    init: FinetuneInit = field(default_factory=FinetuneInit)
+    """Start weights."""
     objectives: ObjectivesConfig = field(default_factory=lambda: ObjectivesConfig(alpha_ramp_samples=4_000))
     """Teacher's share; retrieval's losses."""
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(momentum=0.995))
@@ -51,7 +75,7 @@ class FinetuneConfig(Config):
     data: FinetuneData = field(default_factory=FinetuneData)
     """The examples. data.train and data.val: annotation files (JSON), or folders of scenes' shards; empty: scenes."""
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(learning_rate=3e-4, min_learning_rate=1e-6, warmup_samples=1_000)
+        default_factory=lambda: OptimConfig(learning_rate=1e-3, min_learning_rate=1e-6, warmup_samples=1_000)
     )
     """The optimizer."""
     train: TrainConfig = field(
@@ -62,3 +86,18 @@ class FinetuneConfig(Config):
     """The held-out evaluation, which picks the best weights and ends the run when they get no better."""
     output: str = "runs/finetune"
     """Run folder."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key, value, instead in (
+            ("init.text", self.init.text, "name a pretrained model folder: --model DIR"),
+            ("init.vision", self.init.vision, "name a pretrained model folder: --model DIR"),
+            ("data.visual_tokenizer", self.data.visual_tokenizer, "leave it out: no task reads visual tokens"),
+        ):
+            if value:
+                raise ValueError(f"{key}={value} is for pretraining only; {instead}")
+
+    @property
+    def reads_visual_tokens(self) -> bool:
+        """Whether the run needs a visual tokeniser: never."""
+        return False

@@ -24,6 +24,7 @@ def evaluate_folder(
     answers: Path | None = None,
     batch_size: int = 50,
     inputs: Literal["both", "text", "image"] = "both",
+    limit: int = 0,
 ) -> tuple[dict[str, float], list[dict[str, Any]], Annotations]:
     """Return a task's measures, its predictions and the entries they are about.
 
@@ -34,6 +35,7 @@ def evaluate_folder(
         answers: VQA's list to rank, else the folder's; a folder without one answers freely.
         batch_size: entries per forward.
         inputs: what the model gets to see, as FinetuneConfig.inputs.
+        limit: scenes used where entries are made of scenes, 0: all.
 
     Raises:
         ValueError: bad entries (all of them are told), a folder of another task.
@@ -43,7 +45,7 @@ def evaluate_folder(
     known = read_answers(listed) if task == "vqa" and (answers or listed.is_file()) else []
     downstream = make_task(task, tokenizer, known)
     network, model = load_model_folder(folder, downstream.network)
-    entries = downstream.checked(load_annotations(task, source, image_root), train=False)
+    entries = downstream.checked(load_annotations(task, source, image_root, limit=limit), train=False)
     for remark in downstream.remarks(entries):
         print(remark, file=sys.stderr)
     config = FinetuneConfig(model=model, data=FinetuneData(max_tokens=tokenizer.max_tokens), inputs=inputs)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from simla_ds.data.loader import StreamLoader
 from simla_ds.data.order import EpochOrder, sample_generator
-from simla_ds.data.sample import Reason, SkipSample, read_picture
+from simla_ds.data.sample import Reason, SkipSample, open_picture, picture_bytes
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.transforms import make_transform, normalise
 from simla_ds.downstream.annotations import Annotations
@@ -64,7 +64,7 @@ class ExampleMaker:
         text, views = self.downstream.text(entry), []
         for name in self.downstream.pictures(entry):
             try:
-                picture = read_picture(annotations.pictures.members(name), self.transform.room)
+                picture = open_picture(picture_bytes(annotations.pictures.members(name)))
             except OSError:
                 raise SkipSample("picture unreadable") from None
             views.append(torch.from_numpy(self.transform(picture, text, rng)[0]))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simla_ds.downstream.annotations import Annotations, Entry, wrong_text
-from simla_ds.downstream.base import TaskBatch
+from simla_ds.downstream.base import TaskBatch, predict_each
 from simla_ds.downstream.retrieval_tuning import Retrieval
 from simla_ds.model.rows import Rows
 from simla_ds.model.simla import Simla
@@ -140,14 +140,14 @@ class Grounding(Retrieval):
         """Return a number that all expressions about one picture share."""
         return super().fields({"image_id": entry["image"]})
 
-    def predict(self, network: Simla, batch: TaskBatch) -> list[dict[str, Any]]:
-        """Return each pair's map (grid by grid) and how well picture and text match."""
-        maps, logits = heat_maps(network, batch)
-        return [{"map": m, "match": s} for m, s in zip(maps.tolist(), logits.tolist(), strict=True)]
-
     def predictions(self, network: Simla, batches: Iterable[TaskBatch]) -> list[dict[str, Any]]:
-        """Return what the network says of all batches."""
-        return super(Retrieval, self).predictions(network, batches)
+        """Return each pair's map (grid by grid) and how well picture and text match."""
+
+        def predict(network: Simla, batch: TaskBatch) -> list[dict[str, Any]]:
+            maps, logits = heat_maps(network, batch)
+            return [{"map": m, "match": s} for m, s in zip(maps.tolist(), logits.tolist(), strict=True)]
+
+        return predict_each(network, batches, predict)
 
     def measures(self, entries: Sequence[Entry], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Return percentages of expressions: `pointing`, the map's peak lies in the box; `box_iou50`, the box around

@@ -40,7 +40,7 @@ class PairStream(Stream):
             if stream.shared
             else replace(stream, fusion_layers=depth - stream.text_layers)
         )
-        super().__init__(doubled, config.vocabulary, config.vision.patches)
+        super().__init__(doubled, config.vocabulary, config.image_positions)
         single = 2 * stream.depth - depth
         for first in range(single, depth, 2):
             one, other = self.cross_attention(first), self.cross_attention(first + 1)

@@ -1,8 +1,8 @@
 """Zero-shot retrieval: the picture of a caption, the caption of a picture.  (SIMLA section 4, as ALBEF section 4)
 
 First by cosine similarity (ITC); then the best `rerank` candidates of each query are read together with it and ordered
-by ITM's raw logit of "matches". I pictures, T captions, U distinct captions, N tokens a picture, L tokens a caption,
-D width, E projection width, K candidates. Runs in one process; neither gradients nor deepspeed are needed.
+by ITM's raw logit of "matches". I pictures, T captions, U distinct captions, E projection width, K candidates. Neither
+gradients nor deepspeed are needed; ranks, where there are some, share the re-ranking.
 """
 
 from __future__ import annotations
@@ -16,34 +16,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from simla_ds.data.processor import SimlaProcessor
+from simla_ds.downstream.gallery import Gallery, encode, match_scores
 from simla_ds.model.simla import Simla
+from simla_ds.objectives.collectives import gather_by_rank, rank, world_size
 
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 @dataclass(frozen=True)
-class Gallery:
-    """Everything that is compared, encoded once. Equal captions (the same tokens) are encoded once and score alike."""
+class Protocol:
+    """How an evaluation is done; numbers of different protocols cannot be compared."""
 
-    image_feature: Tensor
-    """(I, E) float32 unit vectors."""
-    image_tokens: Tensor | None
-    """(I, N, D) on the host, in the model's dtype; None when nothing is re-ranked."""
-    text_feature: Tensor
-    """(U, E) float32 unit vectors."""
-    input_ids: Tensor
-    """(U, L) int64."""
-    text_mask: Tensor
-    """(U, L) bool."""
-    text_of_caption: Tensor
-    """(T,) int64."""
-    image_of_caption: Tensor
-    """(T,) int64, the picture that a caption was written for."""
+    rerank: int
+    """Candidates of each query that ITM orders."""
+    rerank_many: int
+    """The same among more than MANY pictures."""
+    image_size: int | None
+    """Side of the pictures in pixels; None: as the model was trained."""
+
+    def candidates(self, pictures: int) -> int:
+        """Return how many candidates ITM orders among so many pictures."""
+        return self.rerank_many if pictures > MANY else self.rerank
+
+
+MANY = 1_000
+"""Pictures of Flickr30k's test split; COCO's have 5,000."""
+PROTOCOLS = {
+    "official": Protocol(rerank=128, rerank_many=256, image_size=384),
+    "fast": Protocol(rerank=16, rerank_many=16, image_size=None),
+}
+"""`official`: the published k_test and resolution. `fast`: what training watches itself by."""
 
 
 @dataclass(frozen=True)
@@ -133,50 +138,6 @@ def retrieve(
     return RetrievalResult(rankings, ceilings(gallery), chance, pictures, captions)
 
 
-def encode(
-    model: Simla, batches: Iterable[Mapping[str, Any]], *, keep_tokens: bool, batch_size: int, progress: bool = False
-) -> Gallery:
-    """Encode every picture and every distinct caption once. ValueError when there is nothing to encode."""
-    device = next(model.parameters()).device
-    features, tokens = [], []
-    image_number: dict[int, int] = {}
-    text_number: dict[tuple[int, ...], int] = {}
-    text_of_caption, image_of_caption = [], []
-    for batch in tqdm(batches, desc="encoding", unit="batch", disable=not progress):
-        ids = batch["image_id"].tolist()
-        new = [row for row, image in enumerate(ids) if image not in image_number and image not in ids[:row]]
-        for row in new:
-            image_number[ids[row]] = len(image_number)
-        if new:
-            encoded = model.image_encoder(batch["image"][new].to(device))
-            features.append(model.image_feature(encoded).cpu())
-            tokens += [encoded.cpu()] if keep_tokens else []
-        for image, row, mask in zip(ids, batch["input_ids"], batch["text_mask"], strict=True):
-            text_of_caption.append(text_number.setdefault(tuple(row[mask].tolist()), len(text_number)))
-            image_of_caption.append(image_number[image])
-    if not features:
-        raise ValueError("there are no pairs to retrieve; check the annotations or the shards")
-    rows = [torch.tensor(text) for text in text_number]
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=model.config.vocabulary.pad)
-    text_mask = torch.arange(input_ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    return Gallery(
-        image_feature=torch.cat(features),
-        image_tokens=torch.cat(tokens) if keep_tokens else None,
-        text_feature=torch.cat(list(_text_features(model, input_ids, text_mask, batch_size, device))),
-        input_ids=input_ids,
-        text_mask=text_mask,
-        text_of_caption=torch.tensor(text_of_caption),
-        image_of_caption=torch.tensor(image_of_caption),
-    )
-
-
-def _text_features(model: Simla, ids: Tensor, mask: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    for rows, row_mask in zip(ids.split(batch_size), mask.split(batch_size), strict=True):
-        length = int(row_mask.sum(1).max())
-        rows, row_mask = rows[:, :length].to(device), row_mask[:, :length].to(device)
-        yield model.text_feature(model.stream(model.stream.embeddings(rows), row_mask)[0]).cpu()
-
-
 def rank_by_similarity(
     queries: Tensor,
     keys: Tensor,
@@ -227,38 +188,18 @@ def match_candidates(
     """Score the candidate captions (I, K) of each picture and the candidate pictures (T, K) of each caption by ITM.
 
     A pair that both directions ask for is scored once. Pairs are taken picture by picture, whose keys and values are
-    then projected once for all its captions of a batch.
+    then projected once for all its captions of a batch. Ranks score a share each; every rank must call.
     """
     texts = len(gallery.text_feature)
     by_image = torch.arange(len(captions))[:, None] * texts + gallery.text_of_caption[captions]
     by_text = pictures * texts + gallery.text_of_caption[:, None]
     pairs, where = torch.cat([by_image.flatten(), by_text.flatten()]).unique(return_inverse=True)
-    scores = match_scores(model, gallery, pairs // texts, pairs % texts, batch_size=batch_size, progress=progress)
+    count = -(-len(pairs) // world_size())
+    own = pairs[(rank() * count + torch.arange(count)).clamp(max=len(pairs) - 1)]  # as many on every rank
+    scores = match_scores(model, gallery, own // texts, own % texts, batch_size=batch_size, progress=progress)
+    scores = gather_by_rank(scores.to(next(model.parameters()).device)).cpu()
     wanted = scores[where].split([by_image.numel(), by_text.numel()])
     return wanted[0].view_as(by_image), wanted[1].view_as(by_text)
-
-
-@torch.no_grad()
-def match_scores(
-    model: Simla, gallery: Gallery, image: Tensor, text: Tensor, *, batch_size: int, progress: bool = False
-) -> Tensor:
-    """Return ITM's raw logit of class 1 for pairs of pictures (P,) and distinct captions (P,), (P,) float32."""
-    if gallery.image_tokens is None:
-        raise ValueError("the gallery was encoded without keep_tokens; there is nothing to read pairs from")
-    device, lengths, scores = next(model.parameters()).device, gallery.text_mask.sum(1), []
-    steps = range(0, len(image), batch_size)
-    for start in tqdm(steps, desc="re-ranking", unit="batch", disable=not progress):
-        rows = text[start : start + batch_size]
-        used, index = image[start : start + batch_size].unique(return_inverse=True)
-        length = int(lengths[rows].max())
-        hidden, _ = model.text_over_image(
-            gallery.input_ids[rows, :length].to(device),
-            gallery.text_mask[rows, :length].to(device),
-            gallery.image_tokens[used].to(device),
-            index.to(device),
-        )
-        scores.append(model.match_head(hidden[:, 0]).float()[:, 1].cpu())
-    return torch.cat(scores)
 
 
 def ceilings(gallery: Gallery) -> dict[str, float]:

@@ -78,19 +78,11 @@ class Retrieval(Downstream):
         """Return `image_id` (B,) int64."""
         return {"image_id": torch.tensor([field["image_id"] for field in fields])}
 
-    def loss(self, student: Simla, teacher: Simla, batch: TaskBatch, alpha: float) -> Tensor:
-        """Raise: objectives ask for their passes together (see module)."""
-        raise NotImplementedError("retrieval's loss is that of its objectives; use module()")
-
     def module(self, model: Simla, teacher: Teacher, config: FinetuneConfig) -> nn.Module:
         """Return a PretrainTask of ITC and ITM."""
         config = replace(config, objectives=retrieval_objectives(config.objectives))
         size, width = config.objectives.itc.queue_size, model.config.projection_size
         return PretrainTask(model, teacher, FeatureQueue(size, width), config)
-
-    def predict(self, network: Simla, batch: TaskBatch) -> list[dict[str, Any]]:
-        """Raise: a ranking needs all batches (see predictions)."""
-        raise NotImplementedError("retrieval ranks all entries at once; use predictions()")
 
     def predictions(self, network: Simla, batches: Iterable[TaskBatch]) -> list[dict[str, Any]]:
         """Return the rank, 0 is best, of what each query looks for: first of all pictures, then of all captions."""

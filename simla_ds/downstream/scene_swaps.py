@@ -14,10 +14,10 @@ from functools import cache
 from itertools import combinations
 from random import Random
 
-from simla_ds.data.scenes.colours import NEIGHBOURS, TARGETS
+from simla_ds.data.scenes.colours import TARGETS
 from simla_ds.data.scenes.kit import kit
 from simla_ds.downstream.annotations import Entry
-from simla_ds.downstream.scene_records import Scene
+from simla_ds.downstream.scene_records import Scene, told_apart
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above", "top": "bottom", "bottom": "top"}
 TURNED_ROUND = ("left of", "above", "bigger")
@@ -71,7 +71,7 @@ def _attribute_replaced(scene: Scene, said: list[Said], names: list[str], random
     if not coloured:
         return None
     phrase = random.choice(coloured)
-    others = [colour for colour in sorted(TARGETS) if _far_apart(colour, phrase.colour)]
+    others = [colour for colour in sorted(TARGETS) if told_apart(colour, [phrase.colour])]
     return _edited(scene, {phrase: _written(phrase.size, random.choice(others), phrase.name)})
 
 
@@ -145,16 +145,12 @@ KINDS: dict[str, Callable[[Scene, list[Said], list[str], Random], str | None]] =
 
 
 def _pairs_of_colours(said: list[Said]) -> list[tuple[Said, Said]]:
-    return [(a, b) for a, b in combinations(said, 2) if a.colour and b.colour and _far_apart(a.colour, b.colour)]
+    return [(a, b) for a, b in combinations(said, 2) if a.colour and b.colour and told_apart(a.colour, [b.colour])]
 
 
 def _pairs_of_claims(scene: Scene, said: list[Said]) -> list[tuple[Said, Said]]:
     claimed = {frozenset(claim[1:]) for claim in scene.record["claims"] if claim[0] in TURNED_ROUND}
     return [(a, b) for a, b in combinations(said, 2) if {a.thing, b.thing} in claimed]
-
-
-def _far_apart(colour: str, other: str) -> bool:
-    return colour != other and frozenset((colour, other)) not in NEIGHBOURS
 
 
 def _written(size: str, colour: str, name: str) -> str:

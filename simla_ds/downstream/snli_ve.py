@@ -28,7 +28,7 @@ class EntailmentNetwork(TaskNetwork):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.image_encoder = ImageEncoder(config.vision)
-        self.stream = Stream(config.stream, config.vocabulary, config.vision.patches)
+        self.stream = Stream(config.stream, config.vocabulary, config.image_positions)
         self.head = ClassHead(config.stream.width, len(CLASSES))
 
     def start_from(self, pretrained: Simla) -> None:

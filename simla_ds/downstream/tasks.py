@@ -29,7 +29,12 @@ TASKS: dict[str, Callable[..., Downstream]] = {
 
 
 def make_task(
-    name: str, tokenizer: TextTokenizer, answers: list[str] | None = None, *, official: bool = False, rerank: int = 16
+    name: str,
+    tokenizer: TextTokenizer | None,
+    answers: list[str] | None = None,
+    *,
+    official: bool = False,
+    rerank: int = 16,
 ) -> Downstream:
     """Return a task. answers: VQA's list. official: published arithmetic. rerank: retrieval's candidates."""
     return TASKS[name](tokenizer, answers or [], official, rerank)

@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from simla_ds.config import ModelConfig, StreamConfig
 from simla_ds.data.text import TextTokenizer
-from simla_ds.downstream.annotations import Entry, wrong_text
-from simla_ds.downstream.base import Downstream, TaskBatch, TaskNetwork, copy_weights
-from simla_ds.downstream.vqa_accuracy import ANNOTATORS, answer_type, soft_accuracy
+from simla_ds.downstream.annotations import Annotations, Entry, wrong_text
+from simla_ds.downstream.base import SupervisedTask, TaskBatch, TaskNetwork, copy_weights
+from simla_ds.downstream.vqa_accuracy import ANNOTATORS, answer_type, normalise_prediction, soft_accuracy
 from simla_ds.model.heads import LanguageHead
 from simla_ds.model.rows import Rows
 from simla_ds.model.simla import Simla
@@ -44,7 +44,7 @@ class AnswerNetwork(TaskNetwork):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        patches = config.vision.patches
+        patches = config.image_positions
         self.image_encoder = ImageEncoder(config.vision)
         self.stream = Stream(config.stream, config.vocabulary, patches)
         self.decoder = Stream(decoder_config(config.stream), config.vocabulary, patches)
@@ -84,7 +84,7 @@ class AnswerNetwork(TaskNetwork):
         return self.language_head(hidden.index_select(0, slots)).float()
 
 
-class Vqa(Downstream):
+class Vqa(SupervisedTask):
     """Answers as sequences, weighted by how many people gave them."""
 
     name = "vqa"
@@ -132,6 +132,14 @@ class Vqa(Downstream):
         """Return the question's id."""
         return entry["question_id"]
 
+    def remarks(self, annotations: Annotations) -> list[str]:
+        """Say which answers of the list are one and the same to the tokenizer, as unknown words are."""
+        rows = [tuple(self._encoded(answer)) for answer in self.answers]
+        counts = Counter(rows)
+        alike = [answer for answer, row in zip(self.answers, rows, strict=True) if counts[row] > 1]
+        told = f"{len(alike)} of {len(rows)} answers look like others to the tokenizer and cannot be told apart: "
+        return [told + ", ".join(map(repr, alike[:5]))] if alike else []
+
     def fields(self, entry: Entry) -> dict[str, Any]:
         """Return the ids of each distinct answer and how much it counts: its share of the people who were asked.
 
@@ -175,7 +183,8 @@ class Vqa(Downstream):
         for said in answered:
             entry = entries[said["entry"]]
             given = given_answers(entry)
-            score = soft_accuracy(said["answer"], given if len(given) > 1 else given * ANNOTATORS)
+            alone = [normalise_prediction(given[0])] * ANNOTATORS  # ten people's answers are normalised already
+            score = soft_accuracy(said["answer"], given if len(given) > 1 else alone)
             scores["accuracy"].append(score)
             scores[f"accuracy/{answer_type(entry)}"].append(score)
             if "question_type" in entry:
@@ -256,6 +265,12 @@ class Vqa(Downstream):
         of_answer = torch.div(slots, batch["answer_ids"].shape[1], rounding_mode="floor")
         weights = batch["answer_weight"].index_select(0, of_answer)
         return (losses * weights).sum() / len(batch["input_ids"])
+
+
+def submission(entries: Sequence[Entry], predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the public evaluation server takes: an answer for each question's id."""
+    ids = [entries[said["entry"]]["question_id"] for said in predictions]
+    return [{"question_id": n, "answer": said["answer"]} for n, said in zip(ids, predictions, strict=True)]
 
 
 def given_answers(entry: Entry) -> list[str]:

@@ -64,10 +64,14 @@ def build(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
         max_tokens=config.data.max_tokens,
         add_sep=config.model.vocabulary.add_sep,
     )
-    visual_tokenizer = load_visual_tokenizer(Path(config.data.visual_tokenizer), config.model.vision.grid)
-    vocabulary = replace(tokenizer.vocabulary, visual_size=visual_tokenizer.vocabulary_size)
+    visual_tokenizer = None
+    if config.reads_visual_tokens:
+        visual_tokenizer = load_visual_tokenizer(Path(config.data.visual_tokenizer), config.model.vision.grid)
+    visual_size = visual_tokenizer.vocabulary_size if visual_tokenizer else config.model.vocabulary.visual_size or 1
+    vocabulary = replace(tokenizer.vocabulary, visual_size=visual_size)
     config = replace(config, model=replace(config.model, vocabulary=vocabulary))
-    loader = PairLoader(config, tokenizer, visual_tokenizer.view_size, ranks.rank, ranks.world_size)
+    view_size = visual_tokenizer.view_size if visual_tokenizer else 0
+    loader = PairLoader(config, tokenizer, view_size, ranks.rank, ranks.world_size)
     _check_sizes(config, loader.epoch_size)
     torch.manual_seed(config.train.seed)  # the same start weights on every rank
     model = Simla(config.model)
@@ -76,37 +80,35 @@ def build(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
     model.temperature.clamp_()
     model.set_activation_checkpointing(config.train.activation_checkpointing)
     _check_disk(config, sum(p.numel() for p in model.parameters()))
-    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype).to(ranks.device)
+    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype)
+    teacher.module.to(ranks.device)
     queue = _queue(config).to(ranks.device)
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     task = PretrainTask(model, teacher, queue, config)
-    visual_tokenizer.to(ranks.device)
+    if visual_tokenizer is not None:
+        visual_tokenizer.to(ranks.device)
     return Parts(config, loader, task, lambda e, s: Watch(config, e, task, s, tokenizer, visual_tokenizer))
 
 
 def with_data_paths(config: Config, ranks: Ranks) -> Config:
-    """Fill in where data, tokenizer and visual tokeniser are; prepare the embedded scenes when they are asked for."""
+    """Fill in where data and the tokenisers that are read are; prepare the embedded scenes when they are asked for."""
     data = config.data
-    if not data.train:
+    beside = {"tokenizer": "tokenizer", **({"visual_tokenizer": "visual_tokens"} if config.reads_visual_tokens else {})}
+    if not (data.train or data.sources):
         root = Path(data.scenes_dir)
         _prepare_scenes(root, data.scenes_train, config.model.vision.image_size, config.model.vision.grid, ranks)
         data = replace(data, train=str(root / "train"), val=data.val or str(root / "val"))
-    find_shards(data.train, remote=True)  # first of all: without shards nothing beside them is found either
-    for name in ("tokenizer", "visual_tokenizer"):
-        if data.train.startswith(REMOTE) and not getattr(data, name):
-            raise ValueError(f"data.{name} must be a local folder when data.train={data.train} is elsewhere; name it")
-    shards = Path(data.train)
+    train = next((source.shards for source in data.sources.values()), data.train)
+    find_shards(train, remote=True)  # first of all: without shards nothing beside them is found either
+    for name in beside:
+        if train.startswith(REMOTE) and not getattr(data, name):
+            raise ValueError(f"data.{name} must be a local folder when the shards of {train} are elsewhere; name it")
+    shards = Path(train)
     folder = shards if shards.is_dir() else shards.parent
     if not data.val and folder.name == "train" and (folder.parent / "val").is_dir():
         data = replace(data, val=str(folder.parent / "val"))
-    return replace(
-        config,
-        data=replace(
-            data,
-            tokenizer=data.tokenizer or str(folder.parent / "tokenizer"),
-            visual_tokenizer=data.visual_tokenizer or str(folder.parent / "visual_tokens"),
-        ),
-    )
+    found: dict[str, Any] = {key: getattr(data, key) or str(folder.parent / name) for key, name in beside.items()}
+    return replace(config, data=replace(data, **found))
 
 
 def _prepare_scenes(root: Path, train: int, size: int, grid: int, ranks: Ranks) -> None:
@@ -119,6 +121,8 @@ def _prepare_scenes(root: Path, train: int, size: int, grid: int, ranks: Ranks) 
             prepare_scenes(root, train=train, size=size, grid=grid)
         except FileExistsError as error:
             problem = f"{error} (data.scenes_dir={root}, data.scenes_train={train}, {size} px, {grid} x {grid} patches)"
+        except (OSError, ValueError) as error:  # the other ranks wait for the word
+            problem = f"data.scenes_dir={root}: {error}"
     if problem := broadcast_object(problem):
         raise ValueError(problem)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from simla_ds.engine.checkpoint_folder import (
     QUEUE,
@@ -28,7 +28,7 @@ from simla_ds.engine.checkpoint_folder import (
     write_manifest,
 )
 from simla_ds.engine.distributed import Ranks, all_or_none, broadcast_object, gather_objects
-from simla_ds.engine.tensor_files import INDEX, Listing, Piece, Pieces, write_index, write_pieces
+from simla_ds.engine.tensor_files import INDEX, Listing, Piece, Pieces, save_tensors, write_index, write_pieces
 from simla_ds.engine.zero_layout import (
     Engine,
     HeldPiece,
@@ -39,6 +39,7 @@ from simla_ds.engine.zero_layout import (
     forget_adamw,
     held_pieces,
     loss_scale_state,
+    of_teacher,
     owned_pieces,
     set_adamw_step,
     set_loss_scale_state,
@@ -79,22 +80,18 @@ def _write_own(
     temporary: Path, engine: Engine, teacher: Teacher, ranks: Ranks
 ) -> tuple[Listing, dict[str, int], dict[str, dict[str, Any]]]:
     """Write this rank's pieces and random state; return their listing, AdamW's counts, and what else was written."""
-    pieces, steps = [], {}
-    for held in owned_pieces(held_pieces(engine), ranks.rank, ranks.world_size):
+    student, pieces, steps = held_pieces(engine), [], {}
+    for held in owned_pieces(student, ranks.rank, ranks.world_size):
         values = {"weight": held.weight.float()}
         if held.optimizer is not None:
             values |= adamw_moments(held)
             steps[held.name] = adamw_step(held)
         pieces += [Piece(f"{kind}/{held.name}", held.shape, held.start, value) for kind, value in values.items()]
-    masters = [
-        HeldPiece(name, tuple(value.shape), 0, value.numel(), value, 0, None, replicated=True)
-        for name, value in teacher.state_dict().items()
-    ]
-    for held in owned_pieces(masters, ranks.rank, ranks.world_size):
+    for held in owned_pieces(of_teacher(student, teacher.master), ranks.rank, ranks.world_size):
         pieces.append(Piece(f"teacher/{held.name}", held.shape, held.start, held.weight))
     listing = write_pieces(temporary / WEIGHTS, ranks.rank, pieces)
     random = temporary / f"rng_rank{ranks.rank:05d}.safetensors"
-    save_file(_random_state(ranks.device), random)
+    save_tensors(_random_state(ranks.device), random)
     return listing, steps, {random.name: describe_file(random)}
 
 
@@ -115,7 +112,7 @@ def _complete(
         if not (temporary / WEIGHTS / listing.file).is_file():
             raise OSError(f"what rank {rank} wrote is not to be seen here; set --output to a folder all nodes share")
     write_index(temporary / WEIGHTS, [listing for listing, _, _ in written])
-    save_file({name: value.contiguous().cpu() for name, value in queue.state_dict().items()}, temporary / QUEUE)
+    save_tensors({name: value.contiguous().cpu() for name, value in queue.state_dict().items()}, temporary / QUEUE)
     steps = {name: step for _, counts, _ in written for name, step in counts.items()}
     (temporary / STATE).write_text(json.dumps({**state, "adamw_steps": steps}, indent=1))
     for name in (f"{WEIGHTS}/{INDEX}", QUEUE, STATE):
@@ -145,7 +142,7 @@ def find_checkpoint(output: Path, resume: str, ranks: Ranks) -> Path | None:
         problem = None
         try:
             check_whole(path, ranks.rank, ranks.world_size)
-        except DamagedCheckpoint as error:
+        except (DamagedCheckpoint, OSError) as error:  # told to all, who wait for it
             problem = str(error)
         problems = [problem for problem in gather_objects(problem) if problem]
         if not problems:
@@ -166,9 +163,11 @@ def load_checkpoint(path: Path, engine: Engine, teacher: Teacher, queue: Feature
         ValueError: the checkpoint is of another model or queue.
     """
     state = read_state(path)
-    _load_student(Pieces(path / WEIGHTS), state["adamw_steps"], engine)
+    stored = Pieces(path / WEIGHTS)
+    _load_student(stored, state["adamw_steps"], engine)
+    _load_weights(stored, "teacher", of_teacher(held_pieces(engine), teacher.master))
+    teacher.refresh()
     set_loss_scale_state(engine.optimizer, state["loss_scale"])
-    teacher.load_state_dict(Pieces(path / WEIGHTS, "teacher/"))
     queue.load_state_dict(load_file(path / QUEUE, device=str(ranks.device)))
     if state["world_size"] == ranks.world_size:
         _restore_random_state(load_file(path / f"rng_rank{ranks.rank:05d}.safetensors"), ranks.device)
@@ -182,19 +181,22 @@ def load_checkpoint(path: Path, engine: Engine, teacher: Teacher, queue: Feature
 def _load_student(stored: Pieces, steps: dict[str, int], engine: Engine) -> None:
     before_loading(engine)
     pieces = held_pieces(engine)
-    for held in pieces:
-        if stored.shape(f"weight/{held.name}") != held.shape:
-            raise ValueError(
-                f"the checkpoint's {held.name} is {stored.shape(f'weight/{held.name}')}, this model's {held.shape}"
-            )
+    _load_weights(stored, "weight", pieces)
     forget_adamw(pieces)
     for held in pieces:
-        held.weight.copy_(stored.read(f"weight/{held.name}", held.start, held.count))
         if held.optimizer is not None and held.name in steps:  # else it was frozen until now
             set_adamw_step(held, steps[held.name])
             for kind, moment in adamw_moments(held).items():
                 moment.copy_(stored.read(f"{kind}/{held.name}", held.start, held.count))
     after_loading(engine)
+
+
+def _load_weights(stored: Pieces, kind: str, pieces: list[HeldPiece]) -> None:
+    for held in pieces:
+        name = f"{kind}/{held.name}"
+        if (shape := stored.shape(name) if name in stored else None) != held.shape:
+            raise ValueError(f"the checkpoint's {name} is {shape}, this model's {held.shape}")
+        held.weight.copy_(stored.read(name, held.start, held.count))
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ def candidates(folder: Path, resume: str) -> list[Path]:
     Raises:
         ValueError: `none` in a folder that holds checkpoints.
     """
-    present = sorted(folder.glob("step_*"), reverse=True)
+    present = newest_first(folder)
     if resume == "auto":
         return present
     if resume != "none":
@@ -86,6 +86,15 @@ def candidates(folder: Path, resume: str) -> list[Path]:
             "set --resume auto to go on from it, or another --output"
         )
     return []
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints from `latest` backwards, then any of later steps, which a run that went back left."""
+    present = sorted(folder.glob("step_*"), reverse=True)
+    latest = folder / "latest"
+    newest = latest.read_text().strip() if latest.is_file() else ""
+    left = [path for path in present if newest and path.name > newest]
+    return [path for path in present if path not in left] + left
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -100,7 +109,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and leftovers of interrupted ones (main rank only)."""
-    for path in sorted(folder.glob("step_*"))[:-keep]:
+    for path in newest_first(folder)[keep:]:
         shutil.rmtree(path)
     for path in folder.glob(".step_*.partial"):
         shutil.rmtree(path)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +99,7 @@ def resolve_deepspeed_config(
     _refuse(settings, where)
     _check_names(settings, where)
     offloads = _check_offload(zero, where)
+    _check_hierarchy(zero, world_size, where)
     settings["zero_optimization"] = {key: value for key, value in zero.items() if value != AUTO}
     _settle_batch(settings, config, world_size, where)
     _settle_precision(settings, precision, stage, where)
@@ -165,13 +165,26 @@ def _check_offload(zero: dict[str, Any], where: str) -> bool:
         section = zero.get(key)
         devices[key] = (section or {}).get("device", "none") if section != AUTO else "none"
         if devices[key] == "nvme":
-            raise ValueError(f'{where}: zero_optimization.{key}.device is nvme, which is not supported; write "cpu"')
+            raise ValueError(
+                f"{where}: zero_optimization.{key}.device is nvme, which is not supported: the teacher and checkpoints "
+                'read weights where they lie; write "cpu"'
+            )
         if devices[key] != "none" and zero["stage"] < least:
             raise ValueError(
                 f"{where}: zero_optimization.{key} needs stage >= {least}, got stage {zero['stage']}; "
                 f"raise zero_optimization.stage or remove {key}"
             )
     return devices["offload_optimizer"] != "none"
+
+
+def _check_hierarchy(zero: dict[str, Any], world_size: int, where: str) -> None:
+    """ZeRO++ hpZ: each node's cards hold the weights once more between them."""
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size > 1 and (zero["stage"] != 3 or world_size % size):
+        raise ValueError(
+            f"{where}: zero_optimization.zero_hpz_partition_size={size} needs stage 3 and ranks that it divides, got "
+            f"stage {zero['stage']} and {world_size} rank(s); set it to the cards of a node or remove it"
+        )
 
 
 def _settle(section: dict[str, Any], name: str, wanted: Any, source: str, where: str) -> None:
@@ -215,7 +228,7 @@ def _settle_precision(settings: dict[str, Any], precision: str, stage: int, wher
 
 
 def _settle_optimizer(settings: dict[str, Any], config: Config, offloads: bool, device_type: str, where: str) -> None:
-    """AdamW: DeepSpeed's CPUAdam when offloaded, its FusedAdam where that can be compiled, else torch's fused AdamW."""
+    """AdamW: DeepSpeed's CPUAdam when offloaded, its FusedAdam where that is built, else torch's fused AdamW."""
     optim = config.optim
     _settle(settings, "optimizer.type", "AdamW", "the optimizer of this project", where)
     _settle(settings, "optimizer.params.lr", optim.learning_rate, "optim.learning_rate", where)
@@ -225,7 +238,7 @@ def _settle_optimizer(settings: dict[str, Any], config: Config, offloads: bool, 
     if "weight_decay" in params:  # else it comes by parameter groups alone, which override this
         _settle(params, "weight_decay", optim.weight_decay, "optim.weight_decay", where)
     if params.setdefault("torch_adam", AUTO) == AUTO:
-        params["torch_adam"] = not offloads and not (device_type == "cuda" and _can_compile_for_cuda())
+        params["torch_adam"] = not offloads and not (device_type == "cuda" and _has_fused_adam())
     if params["torch_adam"]:
         params.setdefault("fused", True)
 
@@ -255,10 +268,9 @@ def _accelerator() -> Any:
     return get_accelerator()
 
 
-def _can_compile_for_cuda() -> bool:
-    """Whether DeepSpeed can build FusedAdam here, or has it built."""
+def _has_fused_adam() -> bool:
+    """Whether DeepSpeed was installed with FusedAdam built. Building it here may fail hours into a queue: the nvcc at
+    hand need not suit torch's CUDA, and torch's fused AdamW does the same."""
     from deepspeed.git_version_info import installed_ops
-    from torch.utils.cpp_extension import CUDA_HOME
 
-    has_compiler = CUDA_HOME is not None and shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")) is not None
-    return has_compiler or bool(installed_ops.get("fused_adam"))
+    return bool(installed_ops.get("fused_adam"))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import sys
+import tempfile
+import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +19,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 
 T = TypeVar("T")
 
@@ -38,10 +43,41 @@ class Ranks:
         if self.is_main:
             print(line, file=sys.stderr, flush=True)
 
+    def say_first(self, line: str) -> None:
+        """Print a line that any rank may have, such as an error: on the first rank that comes with it, with its name.
 
-def start() -> Ranks:
-    """Join the process group that the launcher describes; alone, make one of a single process."""
+        No rank waits for another: they may have other errors, none, or be gone.
+        """
+        if self.world_size > 1:
+            store: Any = dist.distributed_c10d._get_default_store()
+            try:
+                if store.add(f"said/{hashlib.sha256(line.encode()).hexdigest()}", 1) > 1:
+                    return
+            except RuntimeError:  # rank 0 ended, and the store with it
+                pass
+        where = "" if self.is_main else f" (rank {self.rank}, {socket.gethostname()})"
+        print(f"{line}{where}", file=sys.stderr, flush=True)
+
+
+def start(patience: float = 0) -> Ranks:
+    """Join the process group that the launcher describes; alone, make one of a single process.
+
+    Args:
+        patience: seconds that a rank may be kept from the others, by its data for instance, and say so itself. The
+            group gives up later than that.
+
+    Raises:
+        ValueError: a job of several processes whose ranks nobody told.
+    """
+    where: dict[str, Any] = {}
     if "RANK" not in os.environ:
+        _refuse_lonely_ranks()
+        # a file of its own, since a port found free may be taken by the time that it is used
+        where = {
+            "init_method": f"file://{tempfile.gettempdir()}/simla_ds_{uuid.uuid4().hex}",
+            "rank": 0,
+            "world_size": 1,
+        }
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -54,9 +90,22 @@ def start() -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    limit = max(default_pg_timeout, timedelta(seconds=patience + 120))
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(), verbose=False, timeout=limit, **where
+    )
     _unlink_shared_buffers()
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), torch.device(accelerator.current_device_name()))
+
+
+def _refuse_lonely_ranks() -> None:
+    """Raise ValueError where a job has several processes but no RANK: each would train alone, into one folder."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name) or 1) > 1:
+            raise ValueError(
+                f"{name}={os.environ[name]}, but RANK is not set: start one `deepspeed` launcher per node "
+                "(--no_ssh --node_rank), or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            )
 
 
 def _unlink_shared_buffers() -> None:

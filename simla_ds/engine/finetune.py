@@ -19,7 +19,7 @@ from simla_ds.downstream.examples import ExampleLoader, ExampleMaker, held_out_b
 from simla_ds.downstream.tasks import ANSWERS, load_annotations, make_task, read_answers
 from simla_ds.downstream.vqa import answer_list, given_answers
 from simla_ds.engine.build import Parts, same_model, with_data_paths
-from simla_ds.engine.distributed import Ranks, gather_objects
+from simla_ds.engine.distributed import Ranks, broadcast_object, gather_objects
 from simla_ds.engine.watch import plain_student
 from simla_ds.engine.zero_teacher import Engine, EngineSource
 from simla_ds.evaluation import evaluating
@@ -36,7 +36,10 @@ def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
     """
     if not isinstance(config, FinetuneConfig):
         raise TypeError("build_finetuning needs a FinetuneConfig")
-    config, pretrained = _with_model(_with_data(config, ranks), ranks)
+    config, pretrained = _with_pretrained(config, ranks)  # first: scenes take minutes, a wrong folder none
+    config = _with_data(config, ranks)
+    if pretrained is None:
+        config = _with_vocabulary(config)
     data = config.data
     tokenizer = TextTokenizer(Path(data.tokenizer), max_tokens=data.max_tokens, add_sep=config.model.vocabulary.add_sep)
     train = load_annotations(config.task, data.train, data.image_root, limit=data.scenes_used)
@@ -44,7 +47,7 @@ def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
     answers = _answers(config, train, ranks) if config.task == "vqa" else []
     downstream = make_task(config.task, tokenizer, answers, official=config.official, rerank=config.eval.rerank)
     train, held_out = downstream.checked(train, train=True), downstream.checked(held_out, train=False)
-    for remark in (*downstream.remarks(train), *downstream.remarks(held_out)):
+    for remark in dict.fromkeys((*downstream.remarks(train), *downstream.remarks(held_out))):
         ranks.say(remark)
     config = replace(config, eval=replace(config.eval, metric=config.eval.metric or f"eval/{downstream.metric}"))
     loader = ExampleLoader(
@@ -53,7 +56,8 @@ def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
     torch.manual_seed(config.train.seed)  # the same start weights on every rank
     model = _network(downstream, config, pretrained)
     model.set_activation_checkpointing(config.train.activation_checkpointing)
-    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype).to(ranks.device)
+    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype)
+    teacher.module.to(ranks.device)
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     task: Any = downstream.module(model, teacher, config)
     task.queue.to(ranks.device)
@@ -124,6 +128,17 @@ class TaskWatch:
         return {}
 
 
+def _with_pretrained(config: FinetuneConfig, ranks: Ranks) -> tuple[FinetuneConfig, Simla | None]:
+    """Load the pretrained model, whose sizes the run has; None from scratch."""
+    if not config.init.checkpoint:
+        return config, None
+    pretrained, model = load_model_folder(Path(config.init.checkpoint))
+    if config.model != ModelConfig():
+        same_model(config, asdict(model), Path(config.init.checkpoint))
+    ranks.say(f"{config.init.checkpoint}: pretrained weights loaded")
+    return replace(config, model=model), pretrained
+
+
 def _with_data(config: FinetuneConfig, ranks: Ranks) -> FinetuneConfig:
     """Fill in where the entries are; prepare the embedded scenes when they are asked for."""
     data = config.data
@@ -133,6 +148,8 @@ def _with_data(config: FinetuneConfig, ranks: Ranks) -> FinetuneConfig:
         if not (data.tokenizer or config.init.checkpoint):
             raise ValueError("without --model, an annotation file needs data.tokenizer, the folder of a tokenizer")
         return replace(config, data=replace(data, tokenizer=data.tokenizer or config.init.checkpoint))
+    if not data.train:
+        config = _with_scenes(config)
     filled: Any = with_data_paths(config, ranks)
     tokenizer = config.data.tokenizer or config.init.checkpoint or filled.data.tokenizer
     if not filled.data.val:
@@ -140,17 +157,26 @@ def _with_data(config: FinetuneConfig, ranks: Ranks) -> FinetuneConfig:
     return replace(filled, data=replace(filled.data, tokenizer=tokenizer))
 
 
-def _with_model(config: FinetuneConfig, ranks: Ranks) -> tuple[FinetuneConfig, Simla | None]:
-    """Load the pretrained model, whose sizes the run has; from scratch the vocabulary is the tokenizer's."""
-    if config.init.checkpoint:
-        pretrained, model = load_model_folder(Path(config.init.checkpoint))
-        if config.model != ModelConfig():
-            same_model(config, asdict(model), Path(config.init.checkpoint))
-        ranks.say(f"{config.init.checkpoint}: pretrained weights loaded")
-        return replace(config, model=model), pretrained
+def _with_scenes(config: FinetuneConfig) -> FinetuneConfig:
+    """Take the scenes that are there, however many; else have as many prepared as are used, in a folder of their own.
+
+    Of their own: pretraining would not accept a scenes_dir with fewer than it asks for.
+    """
+    data = config.data
+    there = broadcast_object((Path(data.scenes_dir) / "manifest.json").is_file())
+    if there:
+        folder = Path(data.scenes_dir)
+        data = replace(data, train=str(folder / "train"), val=data.val or str(folder / "val"))
+    elif 0 < data.scenes_used < data.scenes_train:
+        data = replace(data, scenes_dir=f"{data.scenes_dir}_{data.scenes_used}", scenes_train=data.scenes_used)
+    return replace(config, data=data)
+
+
+def _with_vocabulary(config: FinetuneConfig) -> FinetuneConfig:
+    """From scratch the vocabulary is the tokenizer's."""
     tokenizer = TextTokenizer(Path(config.data.tokenizer), add_sep=config.model.vocabulary.add_sep)
     vocabulary = replace(tokenizer.vocabulary, visual_size=1)  # no task reads visual tokens
-    return replace(config, model=replace(config.model, vocabulary=vocabulary)), None
+    return replace(config, model=replace(config.model, vocabulary=vocabulary))
 
 
 def _network(downstream: Downstream, config: FinetuneConfig, pretrained: Simla | None) -> Network:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from simla_ds.config import Config
@@ -19,14 +20,25 @@ def run(program: str, config: Config, deepspeed_json: str | None, build: Builder
         program: whose messages they are, such as pretrain.py.
         build: what is trained, pretraining by default.
     """
-    ranks = start()
+    try:
+        if _reuses_addresses():
+            raise ValueError(
+                "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun: restarts meet addresses of the dead"
+            )
+        ranks = start(patience=config.data.timeout)
+    except ValueError as error:
+        _say_here(f"{program}: error: {error}")
+        return 2
+    if restart := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
+        ranks.say(f"{program}: restart {restart} of at most {most}: a rank was lost or failed, on this node or another")
     try:
         Trainer(config, deepspeed_json, ranks, build).fit()
     except (ValueError, OSError) as error:
-        ranks.say(f"{program}: error: {error}")
+        ranks.say_first(f"{program}: error: {error}")
         return 2
     except FloatingPointError as error:
-        ranks.say(f"{program}: stopped: {error}")
+        ranks.say_first(f"{program}: stopped: {error}")
         return 1
     except StalledData as error:
         _say_here(f"{program}: stopped: {error}")
@@ -42,6 +54,12 @@ def run(program: str, config: Config, deepspeed_json: str | None, build: Builder
     finally:
         finish()
     return 0
+
+
+def _reuses_addresses() -> bool:
+    """Whether torchrun may restart ranks that share one store: further groups find the keys of the start before."""
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return shares and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def _say_here(line: str) -> None:

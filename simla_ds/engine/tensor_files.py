@@ -19,11 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX = "index.json"
 _DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a small file at once. OSError when it cannot be written, as for any other file."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # no OSError, though it wraps one
+        raise OSError(f"{path}: {error}") from error
 
 
 def write_tensors(

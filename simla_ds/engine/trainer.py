@@ -62,6 +62,7 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(model=self.task, model_parameters=groups, config=settings)
         forget_initial_step(self.engine)
         self.source = EngineSource(self.engine)
+        self.teacher.follow(self.source, by_layer=self.zero_stage == 3)
         self.step = self.samples_before = 0
         self.best = Best(self.config.eval)
         if checkpoint is not None:
@@ -117,8 +118,9 @@ class Trainer:
         set_learning_rate(self.engine, self._learning_rate())
         momentum = self.config.teacher_momentum(self.global_batch)
         for batch in batches:
+            batch = self.watch.prepare(batch)  # one micro-batch on the device at a time
             if self.config.official:  # as published: the teacher moves before it is asked, at every forward
-                self.teacher.update(self.source, momentum)
+                self.teacher.update(momentum)
             outputs = self.engine(batch, alpha=self.alpha, step=self.step)
             self.engine.backward(outputs["loss"])
             self.engine.step()  # a no-op until the accumulation boundary
@@ -131,15 +133,15 @@ class Trainer:
             if hasattr(self.task.model, "temperature"):
                 clamp_temperature_master(self.engine, model.temperature_min, model.temperature_max)
             if not self.config.official:
-                self.teacher.update(self.source, momentum)
+                self.teacher.update(momentum)
         else:
             self._skip(bad)
-        self.last_batch = batches[-1]
+        self.last_batch = batch
         self.step += 1
 
     def _skip(self, bad: list[str]) -> None:
         """Leave a step that was not applied out of the means, and say why."""
-        del self.window.outputs[-self.micro_steps :]
+        del self.window.outputs[-self.micro_steps :], self.window.by_source[-self.micro_steps :]
         if bad:
             self._write({"skipped_step": bad})
             limit = self.config.train.max_bad_steps
@@ -149,7 +151,7 @@ class Trainer:
             )
 
     def _next_batches(self) -> list[Batch]:
-        """Return the micro-batches of one optimizer step, on the device.
+        """Return the micro-batches of one optimizer step.
 
         All are fetched before the first forward: MLM and XMM divide by their counts over all ranks and micro-steps.
         """
@@ -162,7 +164,7 @@ class Trainer:
             counts = mean_over_ranks(counts.to(self.ranks.device)).split(1)
             for batch in batches:
                 batch.update(zip(counted, counts, strict=True))
-        return [self.watch.prepare(batch) for batch in batches]
+        return batches
 
     def _learning_rate(self) -> float:
         total = self.samples_before + self.total_steps * self.global_batch
@@ -186,6 +188,8 @@ class Trainer:
             "grad_norm": float(grad_norm) if grad_norm is not None else None,
             "samples_per_second": pairs / self.window.seconds(),
             "data_wait": self.window.data_wait / max(1, self.window.steps // self.micro_steps),
+            "data_wait_share": self.window.data_wait / self.window.seconds(),
+            **self._losses_by_source(),
             "peak_memory_mb": peak_memory_mb(self.ranks.device),
             **self.watch.monitor(),
             "skipped": dict(sum(map(Counter, gather_objects(dict(self.loader.skipped))), Counter())),
@@ -197,6 +201,19 @@ class Trainer:
             self.metrics.write(alarm)
             self.metrics.say(f"ALARM {alarm['alarm']}: {alarm['message']}")
         self.window = _Window()
+
+    def _losses_by_source(self) -> dict[str, float]:
+        """Return each source's share of the pairs and mean losses since the last line, over ranks."""
+        names, sums = self.window.sums_by_source()
+        if not names:
+            return {}
+        record, sums = {}, mean_over_ranks(sums)  # (names, sources, 2); means have the same ratios as sums
+        for number, source in enumerate(self.config.data.sources):
+            record[f"source/{source}/share"] = float(sums[0, number, 1] / sums[0, :, 1].sum())
+            for name, (loss, weight) in zip(names[1:], sums[1:, number].tolist(), strict=True):
+                if weight:
+                    record[f"source/{source}/loss/{name}"] = loss / weight
+        return record
 
     def _write(self, record: dict[str, Any]) -> dict[str, Any]:
         record = {"step": self.step, "samples_seen": self.samples_seen, **record}
@@ -272,26 +289,26 @@ class Trainer:
 
     def _write_model(self, name: str) -> None:
         """Write NAME/ (student) and NAME/teacher, as model folders; all ranks gather, the main one writes."""
-        student = {key: value.to("cpu", copy=True) for key, value in self.source.fp32_parameters()}
+        student, teacher = (self._whole(shards) for shards in (self.source.shards(), self.teacher.master))
         if self.ranks.is_main:
-            networks = []
-            for state in (student, self.teacher.state_dict()):
-                network = type(self.task.model)(self.config.model)
-                with torch.no_grad():
-                    for parameter_name, parameter in network.named_parameters():
-                        parameter.copy_(state[parameter_name])
-                networks.append(network)
             save_model_folder(
-                networks[0],
+                student,
                 self.output / name,
                 Path(self.config.data.tokenizer),
                 {"step": self.step, "samples_seen": self.samples_seen},
-                teacher=networks[1],
+                teacher=teacher,
                 max_words=self.config.data.max_words,
                 max_tokens=self.config.data.max_tokens,
                 files=self.files,
             )
         dist.barrier()
+
+    def _whole(self, shards: dict[str, Tensor]) -> Any:
+        """Return a network with the float32 weights of all ranks' shards, on the main rank; on the others none."""
+        with torch.device("cpu" if self.ranks.is_main else "meta"):
+            network = type(self.task.model)(self.config.model)
+        self.source.fill(dict(network.named_parameters()), shards)
+        return network
 
 
 class _Window:
@@ -299,6 +316,8 @@ class _Window:
 
     def __init__(self):
         self.outputs: list[dict[str, Tensor]] = []
+        self.by_source: list[dict[str, Tensor]] = []
+        """See PretrainTask.forward; empty dictionaries where there is one source."""
         self.data_wait = 0.0
         self.steps = 0
         self._started = time.monotonic()
@@ -307,6 +326,7 @@ class _Window:
         """Keep a micro-step's scalars."""
         losses = {f"loss/{name}": value for name, value in outputs["losses"].items()}
         self.outputs.append({"loss": outputs["loss"].detach(), **losses, **outputs["monitor"]})
+        self.by_source.append(outputs.get("by_source", {}))
         self.steps += 1
 
     def means(self) -> tuple[list[str], Tensor]:
@@ -314,6 +334,12 @@ class _Window:
         names = list(dict.fromkeys(name for scalars in self.outputs for name in scalars))
         columns = [[scalars[name].float() for scalars in self.outputs if name in scalars] for name in names]
         return names, torch.stack([torch.stack(column).mean() for column in columns])
+
+    def sums_by_source(self) -> tuple[list[str], Tensor]:
+        """Return names, `pairs` first, and their (names, sources, 2) sums; no names where there is one source."""
+        names = list(dict.fromkeys(name for sums in self.by_source for name in sums))
+        columns = [torch.stack([sums[name] for sums in self.by_source if name in sums]).sum(0) for name in names]
+        return names, torch.stack(columns) if columns else torch.empty(0)
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training."""

@@ -31,11 +31,12 @@ class Watch:
         task: PretrainTask,
         source: EngineSource,
         tokenizer: TextTokenizer,
-        visual_tokenizer: VisualTokenizer,
+        visual_tokenizer: VisualTokenizer | None,
     ):
         self.config, self.engine, self.task, self.source = config, engine, task, source
         self.visual_tokenizer, self.device = visual_tokenizer, torch.device(engine.device or "cpu")
-        self.seen_codes = torch.zeros(visual_tokenizer.vocabulary_size, dtype=torch.bool, device=self.device)
+        codes = visual_tokenizer.vocabulary_size if visual_tokenizer else 0
+        self.seen_codes = torch.zeros(codes, dtype=torch.bool, device=self.device)
         self.held_out = None
         if config.data.val and config.eval.every:
             self.held_out = HeldOut(config, tokenizer, visual_tokenizer, self.device)
@@ -45,14 +46,14 @@ class Watch:
         tensors: dict[str, Any] = dict(batch)
         moved: Any = {name: value.to(self.device, non_blocking=True) for name, value in tensors.items()}
         view = moved.pop("visual_view", None)
-        if view is not None:
+        if view is not None and self.visual_tokenizer is not None:
             moved["visual_ids"] = self.visual_tokenizer(view)
             self.seen_codes.index_fill_(0, moved["visual_ids"].flatten(), True)
         return moved
 
     def monitor(self) -> dict[str, float]:
-        """Return the share of visual codes that have occurred since the start."""
-        return {"visual_codes_used": float(self.seen_codes.float().mean())}
+        """Return the share of visual codes that have occurred since the start, where visual tokens are read."""
+        return {"visual_codes_used": float(self.seen_codes.float().mean())} if self.visual_tokenizer else {}
 
     def evaluate(self) -> dict[str, float]:
         """Return `eval/student/...` and `eval/teacher/...`; every rank must call it."""
@@ -133,9 +134,7 @@ def plain_student(task: Any, engine: Engine, source: EngineSource) -> Any:
     model = task.model
     if engine.zero_optimization_stage() < 3:
         return model
-    copy, device = type(model)(model.config).to(engine.device), engine.device
-    with torch.no_grad():
-        parameters = dict(copy.named_parameters())
-        for name, value in source.fp32_parameters():
-            parameters[name].copy_(value.to(device))
-    return copy.to(task.teacher.dtype).train(model.training)
+    with torch.random.fork_rng(devices=[]):  # what it draws to start with is overwritten, and must not shift dropout
+        copy = type(model)(model.config).to(engine.device, task.teacher.dtype)
+    source.fill(dict(copy.named_parameters()), source.shards())
+    return copy.train(model.training)

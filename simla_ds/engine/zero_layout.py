@@ -11,8 +11,9 @@ only, and spends a collective per parameter.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import deepspeed
@@ -42,6 +43,13 @@ class HeldPiece:
     """AdamW, whose state is kept by holder; None when frozen."""
     replicated: bool
     """Whether every rank holds the same."""
+    shard: str = ""
+    """Name of the holder: the first parameter that it holds."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return prod(self.shape)
 
     def of(self, flat: Tensor) -> Tensor:
         """Return this range of the holder, or of a tensor beside it, as a view."""
@@ -52,16 +60,20 @@ class HeldPiece:
         """(count,) the weights, as a view; float32 unless frozen."""
         return self.of(self.holder)
 
-    def part(self, low: int, high: int) -> HeldPiece:
-        """Return elements low to high of this range."""
-        return replace(self, start=self.start + low, offset=self.offset + low, count=high - low)
+    def part(self, start: int, count: int) -> HeldPiece:
+        """Return a range within this one, named by its first element in the parameter."""
+        return replace(self, start=start, offset=self.offset + start - self.start, count=count)
 
 
 def held_pieces(engine: Engine) -> list[HeldPiece]:
     """Return what this rank holds of the student, in the order of the model's parameters."""
-    find = _Finder(engine.optimizer)
-    named = engine.module.model.named_parameters()
-    return [piece for name, parameter in named if (piece := find(name, parameter)) is not None]
+    find, pieces = _Finder(engine.optimizer), []
+    shards: dict[int, str] = {}
+    for name, parameter in engine.module.model.named_parameters():
+        piece = find(name, parameter)
+        if piece is not None:
+            pieces.append(replace(piece, shard=shards.setdefault(id(piece.holder), name)))
+    return pieces
 
 
 def owned_pieces(pieces: list[HeldPiece], rank: int, world_size: int) -> list[HeldPiece]:
@@ -75,9 +87,14 @@ def owned_pieces(pieces: list[HeldPiece], rank: int, world_size: int) -> list[He
             continue
         low, high = max(0, first - position), min(piece.count, last - position)
         if low < high:
-            owned.append(piece.part(low, high))
+            owned.append(piece.part(piece.start + low, high - low))
         position += piece.count
     return owned
+
+
+def of_teacher(pieces: list[HeldPiece], master: Mapping[str, Tensor]) -> list[HeldPiece]:
+    """Return the same ranges of a teacher's master, whose shards lie as the student's."""
+    return [replace(piece, holder=master[piece.shard], optimizer=None) for piece in pieces]
 
 
 class _Finder:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simla_ds.model.simla import Simla
+from simla_ds.model.network import Network
 
 _WIDTH = "model.stream.width"
 _CONFIG_KEYS = [
@@ -64,7 +64,7 @@ class LoadReport:
 
 
 def load_state(
-    model: Simla,
+    model: Network,
     path: Path,
     state: Mapping[str, Tensor],
     *,
@@ -107,7 +107,7 @@ def load_state(
     )
 
 
-def _require_layers(model: Simla, path: Path, stack: str, given: set[str], wanted: set[str]) -> None:
+def _require_layers(model: Network, path: Path, stack: str, given: set[str], wanted: set[str]) -> None:
     """Refuse a file with none of a stack of layers, with more or fewer, or with layers of another make."""
     given, wanted = ({name for name in names if name.startswith(stack)} for names in (given, wanted))
     if not given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from torch import nn
@@ -24,3 +25,9 @@ class Network(nn.Module):
         for module in self.modules():
             if hasattr(module, "activation_checkpointing"):
                 module.activation_checkpointing = on  # pyright: ignore[reportArgumentType]  no tensor, no module
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Yield the layers of every stack: nearly all weights, each read in its layer's forward and nowhere else."""
+        for module in self.modules():
+            if isinstance(module, (nn.ModuleList, nn.Sequential)):
+                yield from module

@@ -32,7 +32,7 @@ class Simla(Network):
                 "they are filled in from the tokenisers before training"
             )
         self.image_encoder = ImageEncoder(config.vision)
-        self.stream = Stream(config.stream, vocabulary, config.vision.patches)
+        self.stream = Stream(config.stream, vocabulary, config.image_positions)
         self.image_projection = nn.Linear(width, projection)
         self.text_projection = nn.Linear(width, projection)
         self.match_head = nn.Linear(width, 2)

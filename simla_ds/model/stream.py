@@ -122,11 +122,18 @@ class StreamLayer(nn.Module):
         context_rows: Rows | None,
         context_index: Tensor | None,
         read: Tensor | None = None,
+        *,
+        attention_of_first: bool = False,
     ) -> Tensor:
         """Return the new tokens (T, D), or only those at the slots `read` (Q,): (Q, D).
 
+        With attention_of_first nothing but the self-attention of each row's first token, (R, H, L) float32. It is here
+        because only a layer's forward may read its weights (Network.layers).
+
         Tensors with gradients are arguments of their own: ZeRO-3's hooks find those, and none inside a dataclass.
         """
+        if attention_of_first:
+            return self.self_attention.of_first(x, rows)
         asking, queries = (x, rows) if read is None else (x.index_select(0, read), rows.take(read))
         asking = self.self_attention(asking, x, queries, rows)
         if context is not None and context_rows is not None and self.cross_attention is not None:
@@ -205,7 +212,7 @@ class Stream(nn.Module):
 
     def last_attention(self, x: Tensor, rows: Rows, *, fused: bool = True) -> Tensor:
         """Return the last layer's self-attention of each first token to what `body` returned, (R, H, L) float32."""
-        return self._layers(fused)[-1].self_attention.of_first(x, rows)
+        return self._layers(fused)[-1](x, rows, None, None, None, attention_of_first=True)
 
     def _layers(self, fused: bool) -> list[StreamLayer]:
         return cast("list[StreamLayer]", list(self.layers)[: None if fused else self.text_depth])

@@ -38,5 +38,14 @@ class Objective(ABC):
         """Return the scalar float32 loss; outputs are the results of `requests`, in order."""
 
     @abstractmethod
+    def row_losses(
+        self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a corrected `loss` is the mean of, without gradient, to tell data sets apart.
+
+        R rows: their losses (R,) float32, their weights (R,) float32, and the pair each belongs to (R,) int64.
+        """
+
+    @abstractmethod
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Return what tells a person whether it learns: name -> (sum, count) as a (2,) float tensor, to be added up."""

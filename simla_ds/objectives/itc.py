@@ -63,6 +63,12 @@ def similarities(features: Features, keys: ContrastKeys) -> tuple[Tensor, Tensor
     )
 
 
+def image_similarities(features: Features, keys: ContrastKeys) -> Tensor:
+    """Return the first of `similarities` alone, reading the queue in place: for measures of every step."""
+    parts = [features.image_feature @ texts.T for texts in (keys.text, keys.queue_text)]
+    return torch.cat(parts, dim=1) / keys.temperature
+
+
 def entropy(similarity: Tensor) -> Tensor:
     """Return the entropy (nats) of each row's softmax, (B, K) -> (B,)."""
     log_p = similarity.log_softmax(-1)
@@ -112,6 +118,26 @@ class ImageTextContrast(Objective):
             soft_target_cross_entropy(mine, alpha * theirs.softmax(-1) + (1 - alpha) * hard) / 2
             for mine, theirs in zip(similarities(features.student, keys), teacher, strict=True)
         )  # pyright: ignore[reportReturnType]  a sum of tensors is one
+
+    @torch.no_grad()
+    def row_losses(
+        self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One row per pair: the mean of its two directions."""
+        keys = features.keys
+        if keys.image_id is None or keys.queue_id is None:
+            raise ValueError("losses of single pairs need the keys' ids (objectives.fidelity corrected)")
+        ids = torch.cat([keys.image_id, keys.queue_id])
+        pairs = torch.arange(len(batch["image_id"]), device=ids.device)
+        own = torch.arange(len(ids), device=ids.device) == (pairs + keys.first)[:, None]
+        excluded = ((batch["image_id"][:, None] == ids) | (ids < 0)) & ~own  # < 0: not filled yet
+        losses = torch.zeros(len(pairs), device=ids.device)
+        of_student, of_teacher = similarities(features.student, keys), similarities(features.teacher, keys)
+        for mine, theirs in zip(of_student, of_teacher, strict=True):
+            soft = theirs.masked_fill(excluded, float("-inf")).softmax(-1)
+            log_p = mine.masked_fill(excluded, float("-inf")).log_softmax(-1).masked_fill(excluded, 0.0)
+            losses -= ((alpha * soft + (1 - alpha) * own) * log_p).sum(-1) / 2
+        return losses, torch.ones_like(losses), pairs
 
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Entropy of the teacher's distribution (nats), and how often the own pair is the most similar key."""

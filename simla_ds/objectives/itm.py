@@ -69,6 +69,15 @@ class ImageTextMatching(Objective):
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
         return (losses * kept).sum() / kept.sum()
 
+    @torch.no_grad()
+    def row_losses(
+        self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Three rows per pair; wrong ones that could not be drawn weigh nothing."""
+        logits, labels, kept = self._rows(batch, features, outputs)
+        pairs = torch.arange(len(batch["image_id"]), device=kept.device).repeat(3)
+        return F.cross_entropy(logits.float(), labels, reduction="none"), kept, pairs
+
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Accuracy on matched and on unmatched rows apart: a head that always says no is right two times in three."""
         logits, labels, kept = self._rows(batch, features, outputs)

@@ -50,6 +50,16 @@ class MaskedLanguageModelling(Objective):
             loss = self._over_positions(batch, hidden, alpha)
         return per_target(self.networks.student.language_head(outputs[1], loss), batch["label_count"])
 
+    @torch.no_grad()
+    def row_losses(
+        self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One row per labelled token."""
+        teacher = self.networks.teacher.language_head
+        loss = distilled(teacher.decoder, teacher.transformed(outputs[0]), batch["labels"], alpha, "none")
+        losses = self.networks.student.language_head(outputs[1], loss)
+        return losses, torch.ones_like(losses), batch["label_index"] // batch["input_ids"].shape[1]
+
     def _over_positions(self, batch: Batch, hidden: Tensor, alpha: float) -> HeadLoss:
         """As published: log-softmax over the L positions in the teacher's term."""
         teacher = self.networks.teacher.language_head.decoder

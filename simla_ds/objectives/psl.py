@@ -7,6 +7,7 @@ for the positions that [CLS] attends to most, and the positions with most votes 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simla_ds.objectives.base import Objective
@@ -40,6 +41,20 @@ class PseudoLabelledKeywords(Objective):
             return linear_soft_bce(feature, weight, bias, *of_teacher, keywords, alpha, self.config.psl.reduction)
 
         return self.networks.student.concept_head(self._input(features.student.image_feature), loss)
+
+    @torch.no_grad()
+    def row_losses(
+        self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One row per pair."""
+        logits, of_teacher = (
+            network.concept_head(self._input(of.image_feature)).float()
+            for network, of in ((self.networks.student, features.student), (self.networks.teacher, features.teacher))
+        )
+        targets = alpha * of_teacher.sigmoid() + (1 - alpha) * self.targets(batch, outputs[0])
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        losses = losses.mean(1) if self.config.psl.reduction == "mean" else losses.sum(1)
+        return losses, torch.ones_like(losses), torch.arange(len(losses), device=losses.device)
 
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Average precision of the concept head's ranking of the vocabulary against the keywords, per picture."""

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from simla_ds.model.heads import Classifier, HeadLoss
 from simla_kernels import linear_soft_ce
 
 
-def distilled(teacher: Classifier, hidden: Tensor | None, labels: Tensor, alpha: float) -> HeadLoss:
+def distilled(
+    teacher: Classifier, hidden: Tensor | None, labels: Tensor, alpha: float, reduction: Literal["sum", "none"] = "sum"
+) -> HeadLoss:
     """Return the loss of a student's Classifier: the sum over rows of (1 - alpha) CE(label) + alpha CE(teacher).
 
     Args:
         teacher: the teacher's head. hidden: (N, D) what it reads; None: labels only.
         labels: (N,) int64.
+        reduction: none: (N,) instead of the sum.
     """
     of_teacher = (None, None, None) if hidden is None else (hidden, teacher.weight, teacher.bias)
 
     def loss(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return linear_soft_ce(rows, weight, bias, *of_teacher, labels, alpha, reduction="sum")
+        return linear_soft_ce(rows, weight, bias, *of_teacher, labels, alpha, reduction=reduction)
 
     return loss
 

@@ -44,6 +44,16 @@ class CrossModalReconstruction(Objective):
         loss = distilled(teacher, hidden, self._labels(batch), alpha)
         return per_target(self.networks.student.visual_head(outputs[0], loss), batch["masked_count"])
 
+    @torch.no_grad()
+    def row_losses(
+        self, batch: Batch, features: StepFeatures, outputs: Outputs, alpha: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One row per masked patch."""
+        hidden = outputs[1] if self.config.xmm.distill else None
+        loss = distilled(self.networks.teacher.visual_head, hidden, self._labels(batch), alpha, "none")
+        losses = self.networks.student.visual_head(outputs[0], loss)
+        return losses, torch.ones_like(losses), batch["masked_index"] // batch["patch_mask"].shape[1]
+
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
         """Share of masked patches guessed right."""
         right = (self.networks.student.visual_head(outputs[0]).argmax(-1) == self._labels(batch)).float()

@@ -57,6 +57,19 @@ def test_other_machines_and_clocks_are_not_compared(tmp_path: Path):
     assert report.main(["--results", str(tmp_path)]) == 0
 
 
+def test_kinds_of_pictures_are_each_held_against_their_own_past(tmp_path: Path, capsys: Any):
+    def data(date: str, **ratios: float) -> dict[str, Any]:
+        found = {size: {"bits_per_pixel": 2.0, "ratio_vs_pil_torchvision": ratio} for size, ratio in ratios.items()}
+        environment = {"processor": "a CPU", "commit": f"c{date}"}
+        return {"benchmark": "data", "date": date, "environment": environment, "pictures": found}
+
+    store(tmp_path, result("0"), data("1", small=1.8, large=4.0), data("2", small=1.7, large=3.0))
+    assert report.main(["--results", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("REGRESSION") == 1
+    assert "REGRESSION data, large, a CPU: ratio_vs_pil_torchvision was 4 (c1), is 3 (c2)" in printed
+
+
 def test_it_draws(tmp_path: Path):
     points = [{"value": v, "gflop": v, "saved_mb": v, "seconds": v} for v in (1, 2, 4)]
     growth = {"benchmark": "growth", "date": "3", "curves": [{"setting": "batch", "points": points}]}

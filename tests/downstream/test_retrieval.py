@@ -10,12 +10,12 @@ from PIL import Image
 from launch import evaluate as programme
 from simla_ds.config import ModelConfig, StreamConfig, VisionConfig, VocabularyConfig
 from simla_ds.data.text import TextTokenizer, train_tokenizer
+from simla_ds.downstream import retrieval
+from simla_ds.downstream.gallery import PictureTokens, encode, match_scores
 from simla_ds.downstream.retrieval import (
     annotated,
     ceilings,
-    encode,
     match_candidates,
-    match_scores,
     rank_by_similarity,
     reorder,
     retrieve,
@@ -204,9 +204,31 @@ def test_the_programme_prints_a_table_and_writes_json(model_folder, annotations,
     assert {"itc/image_to_text/r1", "itm/text_to_image/r10", "captions"} <= json.loads(out.read_text()).keys()
 
 
+@pytest.mark.parametrize(("protocol", "rerank", "size"), [("official", 128, 384), ("fast", 16, 16)])
+def test_a_named_protocol_sets_candidates_and_picture_size_and_is_told(
+    model_folder, annotations, monkeypatch, capsys, tmp_path, protocol, rerank, size
+):
+    seen, encoder = [], small_model(WORDS).image_encoder.__class__
+    forward = encoder.forward
+    monkeypatch.setattr(
+        encoder, "forward", lambda self, image, *a, **k: seen.append(image.shape) or forward(self, image)
+    )
+    options = ["--model", model_folder, "--annotations", annotations, "--protocol", protocol]
+    assert call(monkeypatch, ["--task", "retrieval", *options, "--json", tmp_path / "out.json"]) == 0
+    assert f"protocol {protocol}: ITM orders {rerank} candidates, {size} px" in capsys.readouterr().out
+    assert {shape[-1] for shape in seen} == {size}
+    stored = json.loads((tmp_path / "out.json").read_text())
+    assert (stored["protocol"], stored["rerank"], stored["image_size"]) == (protocol, rerank, size)
+
+
+def test_the_official_protocol_orders_more_candidates_of_more_pictures():
+    assert [retrieval.PROTOCOLS["official"].candidates(pictures) for pictures in (1000, 5000)] == [128, 256]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--task", "vqa", "--data", "x", "--protocol", "fast"], "--protocol is for retrieval"),
         (["--task", "retrieval", "--annotations", "x", "--inputs", "text"], "are not for retrieval"),
         (["--task", "retrieval", "--annotations", "nowhere.json"], "nowhere.json"),
         (["--task", "retrieval", "--data", "nowhere"], "matches no shards"),
@@ -233,3 +255,45 @@ def call(monkeypatch, options):
         return programme.main()
     except SystemExit as end:
         return end.code
+
+
+# --- what is kept of pictures, and who scores what
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_memory", [1 << 20, 100])  # all of it; less than one picture
+def test_tokens_come_back_as_they_were_from_memory_and_from_a_file(dtype, in_memory):
+    tokens, store = torch.randn(7, 3, 5).to(dtype), PictureTokens(in_memory)
+    for part in tokens.split(3):
+        store.append(part)
+    wanted = torch.tensor([5, 0, 5, 6])
+    assert torch.equal(store.read(wanted), tokens[wanted])
+    store.append(tokens[:1])  # after reading
+    assert torch.equal(store.read(torch.tensor([7, 6])), tokens[[0, 6]])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 50])  # even shares; uneven ones; more ranks than pairs
+def test_ranks_score_a_share_each_and_together_what_one_scores(model, monkeypatch, ranks):
+    gallery = encode(model, pairs(), keep_tokens=True, batch_size=64)
+    captions, pictures = torch.arange(4).expand(9, 4), torch.zeros(18, 1, dtype=torch.long)
+    alone = match_candidates(model, gallery, captions, pictures, batch_size=7)
+    shares, scored = [], []
+
+    def share(rows):
+        shares.append(rows)
+        return rows.repeat(ranks)  # of as many as all ranks give
+
+    def counted(model, gallery, image, text, **options):
+        scored.append(len(image))
+        return match_scores(model, gallery, image, text, **options)
+
+    monkeypatch.setattr(retrieval, "world_size", lambda: ranks)
+    monkeypatch.setattr(retrieval, "gather_by_rank", share)
+    monkeypatch.setattr(retrieval, "match_scores", counted)
+    for rank in range(ranks):
+        monkeypatch.setattr(retrieval, "rank", lambda rank=rank: rank)
+        match_candidates(model, gallery, captions, pictures, batch_size=7)
+    monkeypatch.setattr(retrieval, "gather_by_rank", lambda rows: torch.cat(shares))
+    together = match_candidates(model, gallery, captions, pictures, batch_size=7)
+    assert max(scored) <= -(-(9 * 4 + 18) // ranks)
+    torch.testing.assert_close(together, alone)

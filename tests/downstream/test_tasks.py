@@ -1,17 +1,19 @@
 """Each task's network, loss and measures, on a model that runs in milliseconds."""
 
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 
 from simla_ds.data.text import TextTokenizer, train_tokenizer
+from simla_ds.downstream.annotations import Annotations, FolderPictures
 from simla_ds.downstream.grounding import Grounding, hot_box, iou, rank_proposals
 from simla_ds.downstream.nlvr2 import Nlvr2, PairNetwork, sources
 from simla_ds.downstream.retrieval_tuning import Retrieval
 from simla_ds.downstream.snli_ve import CLASSES, EntailmentNetwork, SnliVe
-from simla_ds.downstream.vqa import AnswerNetwork, Vqa, answer_list, clean_question
+from simla_ds.downstream.vqa import AnswerNetwork, Vqa, answer_list, clean_question, submission
 from simla_ds.model.simla import Simla
 from tests.tiny import ALBEF, STREAM, make_batch, model_config, spread_weights
 
@@ -38,6 +40,27 @@ def batch_of(lengths=(7, 4, 6), pictures=1):
 
 
 # --- answers
+
+
+def test_answers_that_the_tokenizer_cannot_tell_apart_are_said(tokenizer):
+    nothing = Annotations("x", [], FolderPictures(Path()))
+    assert Vqa(tokenizer, ANSWERS).remarks(nothing) == []
+    (told,) = Vqa(tokenizer, [*ANSWERS, "7", "8"]).remarks(nothing)  # it has learnt no digits
+    assert "2 of 7 answers" in told
+    assert "'7', '8'" in told
+
+
+def test_one_persons_number_word_is_as_good_as_the_digit(tokenizer):
+    entries = [{"answer": "two"}, {"answer": "2"}, {"answer": "two"}]
+    said = [{"entry": n, "answer": answer} for n, answer in enumerate(("two", "two", "three"))]
+    assert Vqa(tokenizer).measures(entries, said)["accuracy"] == pytest.approx(200 / 3)
+
+
+def test_a_submission_has_ids_and_answers_alone():
+    entries = [{"question_id": 40, "image": "a", "question": "b"}, {"question_id": 2, "image": "a", "question": "c"}]
+    said = [{"entry": 1, "answer": "red", "probability": 0.5}, {"entry": 0, "answer": "a big boat", "probability": 1.0}]
+    wanted = [{"question_id": 2, "answer": "red"}, {"question_id": 40, "answer": "a big boat"}]
+    assert submission(entries, said) == wanted
 
 
 def by_hand(network, question, ids):

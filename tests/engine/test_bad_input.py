@@ -10,21 +10,26 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from simla_ds.config import (
     Config,
     ContrastiveConfig,
+    CrossModalConfig,
     DataConfig,
     ModelConfig,
     ObjectivesConfig,
     StreamConfig,
     TrainConfig,
 )
-from simla_ds.engine import build
+from simla_ds.downstream.config import FinetuneConfig, FinetuneData, FinetuneInit
+from simla_ds.engine import build, finetune
 from simla_ds.engine.checkpoint import find_checkpoint
 from simla_ds.engine.distributed import Ranks
 from tests.engine.launching import ROOT
 from tests.engine.runs import keys, scenes
+
+RANKS = Ranks(0, 0, 1, torch.device("cpu"))
 
 
 def test_a_queue_larger_than_a_quarter_of_the_data_is_refused_with_both_numbers():
@@ -61,19 +66,62 @@ def test_a_checkpoint_of_other_sizes_is_refused_with_the_field_and_both_numbers(
 
 
 def test_a_fresh_start_over_checkpoints_is_refused(tmp_path, monkeypatch):
-    import torch
-
     # no process group here
     monkeypatch.setattr("simla_ds.engine.checkpoint.broadcast_object", lambda value: value)
     monkeypatch.setattr("simla_ds.engine.checkpoint.gather_objects", lambda value: [value])
-    ranks = Ranks(0, 0, 1, torch.device("cpu"))
-    assert find_checkpoint(tmp_path, "none", ranks) is None
+    assert find_checkpoint(tmp_path, "none", RANKS) is None
     (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"already holds 1 checkpoint\(s\), newest step_00000004"):
-        find_checkpoint(tmp_path, "none", ranks)
+        find_checkpoint(tmp_path, "none", RANKS)
     with pytest.raises(ValueError, match=r"nowhere is no whole checkpoint: MANIFEST.json is missing"):
-        find_checkpoint(tmp_path, str(tmp_path / "nowhere"), ranks)
-    assert find_checkpoint(tmp_path, "auto", ranks) is None  # the damaged one is passed over
+        find_checkpoint(tmp_path, str(tmp_path / "nowhere"), RANKS)
+    assert find_checkpoint(tmp_path, "auto", RANKS) is None  # the damaged one is passed over
+
+
+@pytest.fixture
+def composed(monkeypatch):
+    """Stand in for the composer of scenes; collect the folders and numbers of training scenes that are asked for."""
+    asked = []
+
+    def prepare(root, *, train, **_):
+        asked.append((str(root), train))
+        for split in ("train", "val"):
+            (root / split).mkdir(parents=True)
+            (root / split / "shard-000000.tar").touch()
+        (root / "manifest.json").touch()
+
+    monkeypatch.setattr("simla_ds.data.scenes.prepare.prepare_scenes", prepare)
+    for module in (build, finetune):
+        monkeypatch.setattr(module, "broadcast_object", lambda value: value)  # no process group here
+    return asked
+
+
+def test_a_wrong_model_folder_is_told_before_a_scene_is_composed(composed, tmp_path):
+    config = FinetuneConfig(
+        init=FinetuneInit(checkpoint=str(tmp_path / "nomodel")), data=FinetuneData(scenes_dir=str(tmp_path / "scenes"))
+    )
+    with pytest.raises(ValueError, match="nomodel"):
+        finetune.build_finetuning(config, RANKS, torch.float32)
+    assert composed == []
+
+
+def test_fine_tuning_has_the_scenes_composed_that_it_uses_unless_there_are_some(composed, tmp_path):
+    folder = tmp_path / "scenes"
+    config = FinetuneConfig(data=FinetuneData(scenes_dir=str(folder), scenes_used=40, scenes_train=100))
+    assert finetune._with_data(config, RANKS).data.train == f"{folder}_40/train"
+    assert composed == [(f"{folder}_40", 40)]
+    build._prepare_scenes(folder, 100, 128, 8, RANKS)  # as pretraining does
+    taken = finetune._with_data(config, RANKS).data
+    assert (taken.train, taken.val, taken.visual_tokenizer) == (str(folder / "train"), str(folder / "val"), "")
+    assert len(composed) == 2
+
+
+def test_remote_shards_need_a_visual_tokenizer_only_where_it_is_read():
+    data = DataConfig(train="http://host/{000..001}.tar", tokenizer="words")
+    with pytest.raises(ValueError, match=r"data\.visual_tokenizer must be a local folder"):
+        build.with_data_paths(Config(data=data), RANKS)
+    without = ObjectivesConfig(xmm=CrossModalConfig(weight=0))
+    assert build.with_data_paths(Config(data=data, objectives=without), RANKS).data.visual_tokenizer == ""
 
 
 @pytest.mark.launcher

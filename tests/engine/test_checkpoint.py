@@ -12,6 +12,7 @@ import torch
 from simla_ds.engine import distributed
 from simla_ds.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from simla_ds.engine.distributed import Ranks, all_or_none
+from simla_ds.engine.zero_teacher import EngineSource
 from simla_ds.objectives import FeatureQueue
 from simla_ds.teacher import Teacher
 from tests.tiny import make_task, run_config
@@ -25,12 +26,12 @@ class Run:
     def __init__(self, seed: int):
         torch.manual_seed(seed)
         self.model = make_task(run_config()).model
-        self.teacher = Teacher(self.model, dropout=False)
         self.queue = FeatureQueue(8, 16)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.engine: Any = SimpleNamespace(
             module=SimpleNamespace(model=self.model), optimizer=optimizer, gradient_accumulation_steps=lambda: 1
         )
+        self.teacher = Teacher(self.model, dropout=False).follow(EngineSource(self.engine))
 
     def step(self) -> None:
         for parameter in self.model.parameters():
@@ -108,5 +109,5 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_parameter(tmp_path):
     content = json.loads(index.read_text())
     content["weight/match_head.bias"]["shape"] = [1]
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"the checkpoint's match_head.bias is \(1,\), this model's \(2,\)"):
+    with pytest.raises(ValueError, match=r"the checkpoint's weight/match_head.bias is \(1,\), this model's \(2,\)"):
         run.load(path)

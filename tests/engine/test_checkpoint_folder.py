@@ -7,7 +7,7 @@ import torch
 
 from simla_ds.config import Config
 from simla_ds.engine import checkpoint
-from simla_ds.engine.checkpoint_folder import DamagedCheckpoint, check_whole, prune_checkpoints
+from simla_ds.engine.checkpoint_folder import DamagedCheckpoint, candidates, check_whole, prune_checkpoints, publish
 from simla_ds.engine.distributed import Ranks
 from tests.engine.checkpoints import write_checkpoint
 
@@ -101,3 +101,12 @@ def test_pruning_keeps_the_newest_and_drops_half_written_ones(folder):
     (folder / ".step_00000003.partial").mkdir()
     prune_checkpoints(folder, 1)
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002"]
+
+
+def test_a_run_that_went_back_keeps_what_it_saves_and_goes_on_from_there(tmp_path):
+    for step in (100, 400, 500, 200):  # resumed at 100 by its path, then saved 200
+        (tmp_path / "partial").mkdir()
+        publish(tmp_path / "partial", tmp_path / f"step_{step:08d}")
+    assert [int(path.name[5:]) for path in candidates(tmp_path, "auto")] == [200, 100, 500, 400]
+    prune_checkpoints(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000100", "step_00000200"]

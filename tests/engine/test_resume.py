@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from simla_ds.engine.export import export_checkpoint
+from simla_ds.engine.tensor_files import Pieces
 from simla_ds.hub import SimlaModel
 from tests.engine.launching import ROOT, launch, launching, wait_for
 from tests.engine.runs import keys, losses, records, scenes
@@ -53,6 +54,28 @@ def test_a_killed_run_resumes_with_bit_identical_losses(tmp_path, data, undistur
     assert "step 4" in done.stderr
     assert losses(run) == losses(undisturbed)
     assert list(losses(run)) == list(range(1, 9))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, data, undisturbed):
+    """Two ranks' checkpoint with one flipped bit, end to end; every file and kind: test_checkpoint_folder.py."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed / "checkpoints", run / "checkpoints")
+    newest, before = (run / "checkpoints" / f"step_{step:08d}" for step in (8, 4))
+    victim = newest / "weights" / "rank_00001.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    done = launch(SCRIPT, *keys(data, *RUN, "--output", str(run)), "--resume", "auto", ranks=2, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stderr.splitlines() if "passing over" in line]
+    assert line.startswith(f"passing over {newest}: ")
+    assert "weights/rank_00001.safetensors" in line
+    assert f"resumed from {before} at step 4 of 8" in done.stderr
+    assert losses(run) == {step: values for step, values in losses(undisturbed).items() if step > 4}
+    ends = [folder / "checkpoints" / "step_00000008" / "weights" for folder in (run, undisturbed)]
+    mine, wanted = map(Pieces, ends)
+    assert mine.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in mine.items())
 
 
 def test_a_run_folder_holds_what_the_readme_says(undisturbed):

@@ -30,3 +30,14 @@ def test_gradient_shares_are_the_same_in_merged_and_in_plain_passes():
 def test_contrast_alone_has_the_whole_gradient_of_the_picture_and_none_of_fused_passes():
     found = shares("fast", only="itc")
     assert found == {"gradient_share/image_cls/itc": pytest.approx(1), "gradient_share/fused_cls/itc": 0.0}
+
+
+def test_without_a_visual_tokenizer_there_are_no_codes_to_count():
+    config = run_config(only="itc")
+    engine: Any = SimpleNamespace(device="cpu", zero_optimization_stage=lambda: 0)
+    none: Any = None
+    watch = Watch(config, engine, make_task(config), none, none, None)
+    assert watch.monitor() == {}
+    assert "visual_ids" not in watch.prepare(
+        {key: value for key, value in make_batch([3, 2]).items() if key != "visual_ids"}
+    )

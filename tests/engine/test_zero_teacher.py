@@ -16,7 +16,8 @@ pytestmark = pytest.mark.launcher
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 TRAINED = tuple(f"{stage}:{precision}" for stage in STAGES for precision in ("fp32", "bf16"))
-ALL = (*TRAINED, "zero0:fp16", "zero2:fp16")
+OFFLOADED = ("zero2_offload:bf16:torchadam", "zero3_offload:fp32:torchadam")
+ALL = (*TRAINED, *OFFLOADED, "zero0:fp16", "zero2:fp16")
 RARE = (  # the other two stages in fp16, and DeepSpeed's own optimizers, which it compiles at first use
     "zero1:fp16",
     "zero3:fp16",
@@ -38,7 +39,7 @@ TOLERANCE = 1e-6
 Reports = dict[str, dict[str, Any]]
 
 
-def train(folder: Path, layouts: tuple[str, ...], *arguments: str, ranks: int, timeout: float = 280) -> Reports:
+def train(folder: Path, layouts: tuple[str, ...], *arguments: str, ranks: int, timeout: float = 580) -> Reports:
     out = folder / "reports.jsonl"
     arguments = ("--out", str(out), *arguments, *layouts)
     done = launch("tests.engine.workers.follow", *arguments, ranks=ranks, timeout=timeout)
@@ -60,8 +61,31 @@ def two_ranks(tmp_path_factory) -> Reports:
 
 def check_teacher(report: dict[str, Any], weights: str = "teacher") -> None:
     """Raise AssertionError unless an EMA is within tolerance of the EMA of the optimizer's fp32 weights."""
+    assert report["copy"] == 0.0, "the network must compute with the master cast to its dtype, to the last bit"
     assert report["moved"] > 1e-2, "the student must go somewhere for this to mean anything"
     assert report[weights] <= TOLERANCE
+
+
+def check_memory(report: dict[str, Any]) -> None:
+    """The master's bytes fall as 1 / ranks, but for padding; the network keeps no more than what it computes with."""
+    stage, precision = int(report["layout"][4]), report["layout"].split(":")[1]
+    groups, frozen, ranks = report["sizes"], report["frozen"], len(report["bytes"])
+    whole = sum(map(sum, groups)) + frozen
+    if stage == 0:
+        share = whole
+    elif stage == 3:  # every parameter is cut, and padded
+        share = sum(-(-size // ranks) for group in (*groups, [frozen]) for size in group)
+    else:  # a group laid end to end, padded to twice the ranks
+        share = sum(-(-sum(group) // (2 * ranks)) * 2 for group in groups) + frozen
+    kept = report["outside"] if stage == 3 else whole  # layers come and go
+    for held in report["bytes"]:
+        assert held["master"] == 4 * share
+        if precision != "fp32":
+            assert held["copy"] == 2 * kept
+        elif stage == 0 or ranks == 1:  # what a rank holds whole computes itself
+            assert held["copy"] == 0
+        else:
+            assert 4 * kept <= held["master"] + held["copy"] <= 4 * (kept + share)
 
 
 def check_source(report: dict[str, Any]) -> None:
@@ -88,6 +112,7 @@ def test_the_teacher_follows_the_fp32_weights_for_200_steps(two_hundred_steps, l
     report = two_hundred_steps[layout]
     assert report["applied"] == 200
     check_teacher(report)
+    check_memory(report)
     check_source(report)
 
 
@@ -107,6 +132,7 @@ def test_two_ranks_agree_on_source_and_teacher(two_ranks, layout):
     report = two_ranks[layout]
     assert report["applied"] == 8
     check_teacher(report)
+    check_memory(report)
     check_source(report)
 
 
@@ -145,6 +171,7 @@ def test_the_first_update_is_a_first_update_in_every_layout(two_ranks, layout):
 def test_rare_layouts_with_offloaded_and_fused_optimizers(tmp_path, ranks):
     for report in train(tmp_path, RARE, "--steps", "12", "--whole-task", ranks=ranks, timeout=1200).values():
         check_teacher(report)
+        check_memory(report)
         check_source(report)
         check_temperature(report)
         assert report["start"] == report["reloaded"] == report["continued"] == report.get("carried", 0.0) == 0.0
@@ -152,6 +179,11 @@ def test_rare_layouts_with_offloaded_and_fused_optimizers(tmp_path, ranks):
 
 
 @pytest.mark.slow
-def test_two_ranks_for_200_steps(tmp_path):
-    for report in train(tmp_path, TRAINED, "--steps", "200", ranks=2, timeout=1200).values():
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_teacher_follows_the_fp32_weights_for_1000_steps(tmp_path, ranks):
+    offloaded = [f"zero{stage}_offload:{precision}:torchadam" for stage in (2, 3) for precision in ("fp32", "bf16")]
+    for report in train(tmp_path, (*TRAINED, *offloaded), "--steps", "1000", ranks=ranks, timeout=3500).values():
+        assert report["applied"] == 1000
         check_teacher(report)
+        check_memory(report)
+        check_source(report)

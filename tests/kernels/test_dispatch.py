@@ -1,11 +1,13 @@
 """Which implementation runs: what `backend` says is what happens, and nothing falls back in silence."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simla_kernels import backend, cross_attention, dispatch, self_check
 
@@ -103,7 +105,66 @@ def test_a_verdict_is_kept_by_card_version_and_source(tmp_path: Path, monkeypatc
     self_check.objection.cache_clear()
 
 
-def test_a_kernel_that_raises_fails_its_self_check_with_the_reason():
-    found = self_check.failure("cross_attention", torch.device("cpu"), (torch.float32,))
-    assert found is not None
-    assert found.startswith("its self-check on cpu ended with ValueError: cross_attention: SIMLA_KERNELS=triton cannot")
+def test_a_verdict_that_cannot_be_kept_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    (tmp_path / "simla_kernels").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(self_check, "failure", lambda op, device: None)
+    self_check.objection.cache_clear()
+    assert self_check.objection("cross_attention", torch.device("cpu")) is None
+    self_check.objection.cache_clear()
+    assert "self-checks will run at every start" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("message", "told"), [("no units\nsecond line", "no units"), ("", "")])
+def test_a_kernel_that_raises_fails_its_self_check_for_this_process_only(
+    message: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def failure(op: str, device: torch.device) -> str | None:
+        raise RuntimeError(message)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(self_check, "failure", failure)
+    self_check.objection.cache_clear()
+    found = self_check.objection("cross_attention", torch.device("cpu"))
+    self_check.objection.cache_clear()
+    assert found == f"its self-check on cpu ended with RuntimeError: {told}"
+    assert not list(tmp_path.iterdir())
+
+
+class DoubledBackward(torch.autograd.Function):
+    """x, whose gradient comes out twice too large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return 2 * gradients[0]
+
+
+@torch.library.custom_op("simla_kernels_tests::objection_inside", mutates_args=())
+def objection_inside(x: torch.Tensor) -> torch.Tensor:
+    found = self_check.objection("doubled", torch.device("cpu"))
+    return torch.full_like(x, float("grad.x" in str(found)))
+
+
+@pytest.mark.parametrize("surroundings", ["none", "no_grad", "inference", "operator", "fake tensors"])
+def test_gradients_are_checked_wherever_the_first_call_stands(
+    surroundings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def example(size: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        return {"x": torch.ones(3 + size, device=device, dtype=dtype, requires_grad=True)}
+
+    operation = dispatch.Operation(DoubledBackward.apply, lambda x: x.clone(), example)
+    monkeypatch.setitem(dispatch.OPERATIONS, "doubled", operation)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    self_check.objection.cache_clear()
+    if surroundings == "operator":
+        assert objection_inside(torch.zeros(1)) == 1
+        return
+    modes = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "fake tensors": FakeTensorMode}
+    with modes.get(surroundings, nullcontext)():
+        found = self_check.objection("doubled", torch.device("cpu"))
+    self_check.objection.cache_clear()
+    assert "found grad.x off by" in str(found)

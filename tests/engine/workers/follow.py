@@ -8,6 +8,7 @@ flat buffers and their documented order, without anything that simla_ds.engine.z
 import argparse
 import json
 import math
+import re
 import shutil
 import tempfile
 import time
@@ -22,21 +23,25 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from simla_ds.config import OptimConfig, TrainConfig
+from simla_ds.engine import zero_teacher
 from simla_ds.engine.checkpoint import load_checkpoint, save_checkpoint
 from simla_ds.engine.checkpoint_folder import check_whole, read_state
 from simla_ds.engine.deepspeed_config import resolve_deepspeed_config
-from simla_ds.engine.distributed import Ranks, broadcast_object, finish, start
+from simla_ds.engine.distributed import Ranks, broadcast_object, finish, gather_objects, start
 from simla_ds.engine.optimizer import forget_initial_step, set_learning_rate
 from simla_ds.engine.tensor_files import Pieces
 from simla_ds.engine.zero_layout import Engine
 from simla_ds.engine.zero_teacher import EngineSource, clamp_temperature_master
 from simla_ds.model.weight_decay import parameter_groups
 from simla_ds.task import PretrainTask
+from simla_ds.teacher import Teacher
 from tests.tiny import STREAM, VISION, make_batch, make_task, run_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = Path(__file__).resolve().parents[3] / "ds_configs"
 MOMENTUM = 0.98
+APART = 0.97
+"""What the teacher starts at, of the student."""
 RATE = 2e-3
 BATCHES = 4
 FROZEN = "match_head.bias"
@@ -78,14 +83,17 @@ def settings_for(layout: str, config, world_size: int) -> tuple[dict, str]:
         settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 1200, "sub_group_size": 8000}
     if precision == "fp16":
         settings["fp16"]["initial_scale_power"] = 8  # no overflows to wait for
+    if "torchadam" in options:  # instead of DeepSpeedCPUAdam, which is compiled at first use
+        settings["zero_force_ds_cpu_optimizer"] = False
+        settings["optimizer"]["params"] |= {"torch_adam": True}
     if "fusedadam" in options:
         settings["optimizer"]["params"] |= {"torch_adam": False}
         del settings["optimizer"]["params"]["fused"]
     return settings, precision
 
 
-def build(layout: str, world_size: int, kind: type[PretrainTask]) -> tuple[Engine, PretrainTask]:
-    """Return a fresh engine around the real task, with one parameter frozen."""
+def build(layout: str, world_size: int, kind: type[PretrainTask]) -> tuple[Engine, PretrainTask, list[list[str]]]:
+    """Return a fresh engine around the real task, with one parameter frozen, and the optimizer's groups by name."""
     config = run_config()
     config = replace(
         config,
@@ -98,11 +106,13 @@ def build(layout: str, world_size: int, kind: type[PretrainTask]) -> tuple[Engin
     task = make_task(config)
     task.__class__ = kind
     task.model.get_parameter(FROZEN).requires_grad_(False)
-    task.teacher.set_dtype(DTYPES[precision])
+    task.teacher.module.to(DTYPES[precision])
     groups: Any = parameter_groups(task.model, config.optim.weight_decay, official=False)
+    named = {id(p): name for name, p in task.model.named_parameters()}
+    names = [[named[id(p)] for p in group["params"]] for group in groups]
     engine, *_ = deepspeed.initialize(model=task, model_parameters=groups, config=settings)
     forget_initial_step(engine)
-    return engine, task
+    return engine, task, names
 
 
 def gathered(piece: Tensor) -> list[Tensor]:
@@ -158,6 +168,23 @@ def forward_weights(engine: Engine) -> dict[str, Tensor]:
         return {n: p.detach().clone() for n, p in engine.module.model.named_parameters()}
 
 
+@torch.no_grad()
+def teacher_weights(teacher: Teacher, batch: Any) -> dict[str, Tensor]:
+    """Return what the teacher's forward reads, seen where it is whole: in each layer's own forward at stage 3."""
+    network: Any = teacher.module
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    seen = {name: parameter.clone() for name, parameter in network.named_parameters()}
+
+    def look(layer: torch.nn.Module, _: Any) -> None:
+        seen.update({names[id(parameter)]: parameter.clone() for parameter in layer.parameters()})
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in network.layers()]
+    network.text_over_image(batch["input_ids"], batch["text_mask"], network.image_encoder(batch["image"]))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     """Return the largest difference of any element."""
     return max((left[name].double() - right[name].double()).abs().max().item() for name in right)
@@ -181,15 +208,18 @@ class Follower:
     """Runs steps on one engine and keeps three EMAs: the real teacher, the truth, one fed by the forward's weights."""
 
     def __init__(self, layout: str, kind: type[PretrainTask], rank: int, world_size: int):
-        self.engine, self.task = build(layout, world_size, kind)
-        self.source = EngineSource(self.engine)
+        self.engine, self.task, self.groups = build(layout, world_size, kind)
+        self.source, self.teacher = EngineSource(self.engine), self.task.teacher
+        self.teacher.follow(self.source, by_layer=layout.startswith("zero3"))
+        for shard in self.teacher.master.values():
+            shard.mul_(APART)
+        self.teacher.refresh()
         self.dtype = DTYPES[layout.split(":")[1]]
         self.start, seen = whole_weights(self.engine), forward_weights(self.engine)
         self.frozen = {FROZEN: seen[FROZEN].float()}
         self.start_error = distance(self.start, {name: seen[name] for name in self.start})
-        master = self.task.teacher.master
-        self.truth = {name: value.double() for name, value in master.items()}
-        self.wrong = {name: value.clone() for name, value in master.items()}
+        self.wrong = {name: APART * value for name, value in {**self.start, **self.frozen}.items()}
+        self.truth = {name: value.double() for name, value in self.wrong.items()}
         self.batches = [make_batch([5, 7], seed=10 * rank + i) for i in range(BATCHES)]
         for batch in self.batches:
             batch["image"] = batch["image"].to(self.dtype)
@@ -201,14 +231,14 @@ class Follower:
         self.engine.step()
         return self.engine.was_step_applied()
 
-    def follow(self, steps: int) -> dict[str, float]:
+    def follow(self, steps: int) -> dict[str, Any]:
         """Train, updating all three EMAs; the truth is kept in fp64 and compared at the end."""
         model, applied, first_move = self.task.model.config, 0, 0.0
         for index in range(steps):
             if not self.step(index):
                 continue
             clamp_temperature_master(self.engine, model.temperature_min, model.temperature_max)
-            self.task.teacher.update(self.source, MOMENTUM)
+            self.teacher.update(MOMENTUM)
             now = {**whole_weights(self.engine), **self.frozen}
             for name, value in self.truth.items():
                 value.lerp_(now[name].double(), 1 - MOMENTUM)
@@ -216,14 +246,22 @@ class Follower:
             first_move = first_move or abs(now[TEMPERATURE] - self.start[TEMPERATURE]).item()
             applied += 1
         now, seen = whole_weights(self.engine), forward_weights(self.engine)
+        master = self.whole(self.teacher.master)
         return {
             "applied": applied,
             "start": self.start_error,
             "first_move": first_move / RATE,
             "moved": distance(self.start, now),
-            "source": distance(dict(self.source.fp32_parameters()), {**now, **self.frozen}),
+            "source": distance(self.whole(self.source.shards()), {**now, **self.frozen}),
             "forward_is_cast_master": distance(seen, {name: value.to(self.dtype) for name, value in now.items()}),
-            "teacher": distance(self.task.teacher.state_dict(), self.truth),
+            "teacher": distance(master, self.truth),
+            "copy": distance(
+                teacher_weights(self.teacher, self.batches[0]), {n: v.to(self.dtype) for n, v in master.items()}
+            ),
+            "bytes": gather_objects(self.bytes()),
+            "outside": sum(v.numel() for n, v in master.items() if not re.search(r"\.(layers|blocks)\.", n)),
+            "frozen": self.frozen[FROZEN].numel(),
+            "sizes": [[self.start[name].numel() for name in group] for group in self.groups],
             "fed_by_forward_weights": distance(self.wrong, self.truth),
         }
 
@@ -233,23 +271,36 @@ class Follower:
         saved, queue = whole_weights(self.engine), self.task.queue
         report = {}
         if before is not None:
-            load_checkpoint(before, self.engine, self.task.teacher, queue, ranks)
+            load_checkpoint(before, self.engine, self.teacher, queue, ranks)
             report["carried"] = difference(before, self.save(folder / "carried"))
         ends = []
         for _ in range(2):
-            load_checkpoint(own, self.engine, self.task.teacher, queue, ranks)
-            loaded = dict(self.source.fp32_parameters())
+            load_checkpoint(own, self.engine, self.teacher, queue, ranks)
+            loaded = self.whole(self.source.shards())
             report["reloaded"] = max(report.get("reloaded", 0.0), distance(loaded, saved))
             while not self.step(0):  # an overflow in fp16
                 pass
             ends.append(whole_weights(self.engine))
         return {**report, "drifted": distance(saved, ends[0]), "continued": distance(*ends)}
 
+    def whole(self, shards: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return whole float32 parameters out of all ranks' shards."""
+        wholes = {name: torch.full(value.shape, math.nan) for name, value in self.truth.items()}
+        self.source.fill(wholes, shards)
+        return wholes
+
+    def bytes(self) -> dict[str, int]:
+        """Return what this rank's memory holds of the teacher: its master, and what else its network needs."""
+        master = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.teacher.master.values()}
+        copies = [p.data.untyped_storage() for p in self.teacher.module.parameters()]
+        others = {s.data_ptr(): s.nbytes() for s in copies if s.data_ptr() not in master}
+        return {"master": sum(master.values()), "copy": sum(others.values())}
+
     def save(self, folder: Path) -> Path:
         """Write a checkpoint and return its path."""
         ranks = Ranks(dist.get_rank(), 0, dist.get_world_size(), torch.device("cpu"))
         state = {"step": 1, "samples_seen": 4}
-        return save_checkpoint(folder, self.engine, self.task.teacher, self.task.queue, state, ranks)
+        return save_checkpoint(folder, self.engine, self.teacher, self.task.queue, state, ranks)
 
     def drive(self) -> dict[str, list[float]]:
         """Pull the temperature past each bound; report where it was stored after each step, unclamped and clamped."""
@@ -278,10 +329,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("layouts", nargs="+")
     arguments = parser.parse_args()
+    zero_teacher.BUCKET = 10_000  # several buckets of this model
     accelerator: Any = get_accelerator()
     accelerator.is_fp16_supported = lambda: True  # slow here, but its masters are laid out as on a GPU
     ranks = start()
-    lines, before = [], None
+    before = None
     box = broadcast_object(tempfile.mkdtemp())
     for layout in arguments.layouts:
         started = time.monotonic()
@@ -293,11 +345,12 @@ def main() -> None:
             report |= follower.reload(Path(box) / layout, before)
             before = Path(box) / layout / "step_00000001"
         report |= {"temperature": follower.drive(), "seconds": time.monotonic() - started}
-        lines.append(json.dumps(report))
+        if ranks.is_main:
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(report) + "\n")
         follower.engine.destroy()
     if ranks.is_main:
         shutil.rmtree(box)
-        arguments.out.write_text("\n".join(lines) + "\n")
     finish()
 
 

@@ -4,6 +4,7 @@ Arguments: OUT, a comma-separated list of STAGE:PRECISION, the steps, comma-sepa
 OUT/STAGE-PRECISION.json: by how much each step moved the weights, and how the run ended.
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -13,19 +14,19 @@ import torch
 
 from simla_ds.engine.distributed import finish, start
 from simla_ds.engine.trainer import Trainer
-from simla_ds.engine.zero_layout import held_pieces
 from simla_ds.parsing import parse_config
 from tests.engine.launching import ROOT
 
 
 class Sabotaged(Trainer):
-    """Notes by how much each step moves the weights."""
+    """Notes by how much each step moves the weights, and the teacher."""
 
     steps: tuple[int, ...] = ()
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self.moves: list[float] = []
+        self.teacher_moves: list[float] = []
 
     def _optimizer_step(self) -> None:
         objective: Any = self.task.objectives["mlm"]
@@ -35,12 +36,16 @@ class Sabotaged(Trainer):
             return loss(objective, *arguments) * (float("nan") if rank == 1 and step in self.steps else 1)
 
         objective.loss = spoilt
-        before = [piece.weight.clone() for piece in held_pieces(self.engine)]
+        student, teacher = (copy.deepcopy(shards) for shards in (self.source.shards(), self.teacher.master))
         try:
             super()._optimizer_step()
         finally:
-            after = [piece.weight for piece in held_pieces(self.engine)]
-            self.moves.append(max((float((a - b).abs().max()) for a, b in zip(after, before, strict=True)), default=0))
+            self.moves.append(largest_move(student, self.source.shards()))
+            self.teacher_moves.append(largest_move(teacher, self.teacher.master))
+
+
+def largest_move(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    return max(float((value - before[name]).abs().max()) for name, value in after.items())
 
 
 def main() -> None:
@@ -61,7 +66,8 @@ def main() -> None:
         finite = all(bool(torch.isfinite(value).all()) for value in trainer.teacher.state_dict().values())
         trainer.stop.close()
         if ranks.is_main:
-            folder.with_suffix(".json").write_text(json.dumps({"moves": trainer.moves, "end": end, "finite": finite}))
+            report = {"moves": trainer.moves, "teacher_moves": trainer.teacher_moves, "end": end, "finite": finite}
+            folder.with_suffix(".json").write_text(json.dumps(report))
     finish()
 
 

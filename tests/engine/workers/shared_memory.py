@@ -1,4 +1,4 @@
-"""A rank of tests/engine/test_distributed.py: joins the group, says what it has mapped, and is killed."""
+"""A rank of tests/engine/test_distributed.py: joins the group, says what it mapped and some errors, and is killed."""
 
 import json
 import os
@@ -19,6 +19,9 @@ def main() -> None:
     mapped = gather_objects(sorted(names))
     if ranks.is_main:
         print(json.dumps({"port": os.environ["MASTER_PORT"], "mapped": mapped}), flush=True)
+    ranks.say_first("error: the same on both")
+    if not ranks.is_main:
+        ranks.say_first("error: of one")
     dist.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
 

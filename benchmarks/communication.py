@@ -1,0 +1,146 @@
+"""What ZeRO-0 and ZeRO-3 send in a step, and how fast each is beside the other: `python -m benchmarks communication`.
+
+Two ranks on this machine's CPU train scenes_tiny under both in turns. Bytes are counted where collectives reach c10d,
+as a ring sends them; beside them stands what `simla plan` computes. Seconds are a ratio of medians: both wait for the
+same machine, and its memory is the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.launching import ROOT, launch
+from benchmarks.timing import environment
+
+RANKS = 2
+STAGES = (0, 3)
+KINDS = {
+    "allreduce_": ("gradients and sums reduced everywhere", 2.0),
+    "allreduce_coalesced_": ("gradients and sums reduced everywhere", 2.0),
+    "reduce_": ("gradients reduced to their owner", 1.0),
+    "_reduce_scatter_base_": ("gradients reduced to their owner", 1.0),
+    "reduce_scatter_": ("gradients reduced to their owner", 1.0),
+    "reduce_scatter_tensor_coalesced_": ("gradients reduced to their owner", 1.0),
+    "_allgather_base_": ("gathered", 1.0),
+    "allgather_": ("gathered", 1.0),
+    "allgather_into_tensor_coalesced_": ("gathered", 1.0),
+    "broadcast_": ("broadcast", 1.0),
+}
+"""c10d's operators: what they do here, and how often a ring sends (n - 1) / n of the whole."""
+
+
+class Sent(TorchDispatchMode):
+    """Adds up the bytes that a rank sends, by kind of collective."""
+
+    def __init__(self, ranks: int):
+        super().__init__()
+        self.share = (ranks - 1) / ranks
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            kind, times = KINDS.get(func.overloadpacket.__name__, ("other", 1.0))
+            # of what is gathered or scattered the whole is one argument and a part of it another
+            self.bytes[kind] += round(times * self.share * max(_nbytes(argument) for argument in args))
+        return func(*args, **(kwargs or {}))
+
+
+def _nbytes(argument: Any) -> int:
+    if isinstance(argument, Tensor):
+        return argument.nbytes
+    return sum(map(_nbytes, argument)) if isinstance(argument, (list, tuple)) else 0
+
+
+def measure(scenes: str, out: Path, steps: int) -> None:
+    """Be one rank: train under every stage in turns; rank 0 writes what was sent and how long steps took."""
+    from simla_ds.engine.distributed import finish, start
+    from simla_ds.engine.trainer import Trainer
+    from simla_ds.parsing import parse_config
+    from simla_ds.planner.memory import Zero, count_parameters
+    from simla_ds.planner.speed import bytes_sent
+
+    ranks = start()
+    keys = ["--config", str(ROOT / "launch/recipes/scenes_tiny.yaml"), "--data.train", scenes, "--data.workers", "0"]
+    keys += ["--train.batch_size", "8", "--train.precision", "fp32", "--eval.every", "0", "--train.diagnose_every", "0"]
+    files = {stage: ROOT / "ds_configs" / f"zero{stage}.json" for stage in STAGES}
+    trainers = {}
+    for stage, file in files.items():
+        config, given = parse_config([*keys, "--deepspeed", str(file), "--output", f"{out}_{stage}"])
+        trainers[stage] = Trainer(config, given.deepspeed, ranks)
+        trainers[stage]._optimizer_step()  # allocates, warms up
+    found = {}
+    for stage, trainer in trainers.items():
+        with Sent(ranks.world_size) as sent:
+            trainer._optimizer_step()
+        parameters = count_parameters(trainer.config.model)
+        zero = Zero.of(json.loads(files[stage].read_text()))
+        planned = bytes_sent(trainer.config, zero, ranks.world_size, 4, parameters)
+        found[stage] = {"parameters": parameters, "sent": dict(sent.bytes), "planned": vars(planned), "seconds": []}
+    for _ in range(steps):
+        for stage, trainer in trainers.items():
+            started = time.perf_counter()
+            trainer._optimizer_step()
+            found[stage]["seconds"].append(time.perf_counter() - started)
+    if ranks.is_main:
+        out.write_text(json.dumps(found))
+    for trainer in trainers.values():
+        trainer.loader.close()
+        trainer.stop.close()
+        trainer.metrics.close()
+    finish()
+
+
+def table(found: dict[str, Any]) -> Iterable[str]:
+    """Yield Markdown lines."""
+    yield "| layout | sent by a rank and step: counted, MB | by plan, MB | a step, median s |"
+    yield "|---|---|---|---|"
+    for stage, one in found.items():
+        parts = ", ".join(f"{kind} {number / 1e6:.2f}" for kind, number in sorted(one["sent"].items()) if number > 5e3)
+        planned = ", ".join(f"{kind} {number / 1e6:.2f}" for kind, number in one["planned"].items() if number)
+        total, by_plan = (sum(one[what].values()) / 1e6 for what in ("sent", "planned"))
+        seconds = statistics.median(one["seconds"])
+        yield f"| ZeRO-{stage} | {total:.2f}: {parts} | {by_plan:.2f}: {planned} | {seconds:.3f} |"
+    medians = [statistics.median(one["seconds"]) for one in found.values()]
+    yield f"\nThroughput of ZeRO-3 over ZeRO-0: {medians[0] / medians[1]:.2f}, steps in turns on one machine."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, and on request store."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks communication", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--steps", type=int, default=15, metavar="N", help="timed steps of each (default: 15)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="store the result")
+    arguments = parser.parse_args(argv)
+    from simla_ds.data.scenes.prepare import prepare_scenes
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare_scenes(folder / "scenes", train=64, shard_size=20, splits={"val": 8}, workers=1, progress=False)
+        out = folder / "found.json"
+        launch("benchmarks.communication", RANKS, str(folder / "scenes" / "train"), str(out), str(arguments.steps))
+        found = json.loads(out.read_text())
+    print("\n".join(table(found)))
+    if arguments.json:
+        result = {"benchmark": "communication", "date": time.strftime("%Y-%m-%dT%H:%M"), "ranks": RANKS}
+        result |= {"threads": torch.get_num_threads(), "environment": environment(), "stages": found}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":  # a rank
+    scenes, out, steps = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    measure(scenes, Path(out), int(steps))
