@@ -51,6 +51,7 @@ EXTRAS = {
         "ruff>=0.12",
         "pyright[nodejs]>=1.1.400",
         "pre-commit>=4.0",
+        "scipy>=1.13",  # benchmarks: confidence intervals
         "moto[s3]>=5.1",  # with Flask an S3 on loopback, to fetch shards from
         "flask>=3.0",
         "flask-cors>=5.0",

@@ -87,16 +87,26 @@ class Pairs:
 
 
 def completed(config: Config, pairs: Pairs, fraction: float, queue_size: int) -> Config:
-    """Fill in what a cell's configuration takes from its data: paths, and a queue of at most a quarter of its pairs."""
+    """Fill in what a cell's configuration takes from its data: paths, and a queue of at most a quarter of its pairs.
+
+    And the number of visual tokens, so that sets that read none have the same network: one seed then draws them the
+    same start weights.
+    """
     data = replace(
         config.data,
         train=pairs.subset(fraction, config.train.seed),
         tokenizer=config.data.tokenizer or pairs.beside("tokenizer"),
         visual_tokenizer=config.data.visual_tokenizer or pairs.beside("visual_tokens"),
     )
-    queue = min(queue_size, pairs.count(fraction) // 4)
-    itc = replace(config.objectives.itc, queue_size=queue)
-    return replace(config, data=data, objectives=replace(config.objectives, itc=itc))
+    codes = load_visual_tokenizer(data.visual_tokenizer, config.model.vision.grid).vocabulary_size
+    vocabulary = replace(config.model.vocabulary, visual_size=codes)
+    itc = replace(config.objectives.itc, queue_size=min(queue_size, pairs.count(fraction) // 4))
+    return replace(
+        config,
+        data=data,
+        model=replace(config.model, vocabulary=vocabulary),
+        objectives=replace(config.objectives, itc=itc),
+    )
 
 
 def with_start_weights(config: Config, base: Config, folder: Path) -> Config:
@@ -126,9 +136,9 @@ def _network(config: Config) -> Simla:
 
 
 def _with_vocabulary(config: Config) -> Config:
-    tokenizer = TextTokenizer(Path(config.data.tokenizer), add_sep=config.model.vocabulary.add_sep)
-    codes = load_visual_tokenizer(config.data.visual_tokenizer, config.model.vision.grid).vocabulary_size
-    return replace(config, model=replace(config.model, vocabulary=replace(tokenizer.vocabulary, visual_size=codes)))
+    words = TextTokenizer(Path(config.data.tokenizer), add_sep=config.model.vocabulary.add_sep).vocabulary
+    vocabulary = replace(words, visual_size=config.model.vocabulary.visual_size)
+    return replace(config, model=replace(config.model, vocabulary=vocabulary))
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -156,7 +156,8 @@ class Report:
             rows = [[g, *(self.at(g, last, measure, split=split) for measure in HEADLINES)] for g in shown]
             header = ["student", *(name for name, _ in HEADLINES.values())]
             tables.append(Table(f"{split} at {last:.0%}, student, %", header, rows))
-        return [*tables, self.needed(), self._cost(shown, last), self._shares(shown, last)]
+        tables += [self.needed(), self._cost(shown, last), self._shares(shown, last)]
+        return [table for table in tables if table.rows]
 
     def _chance(self, key: str) -> str:
         found = {row["metrics"]["student"].get(f"{self.split}/{key}") for row in self.done} - {None}
@@ -166,8 +167,8 @@ class Report:
         keys: dict[str, Callable[[Row], float]] = {
             "pairs seen": lambda row: row["pairs_seen"],
             "GFLOP, counted": lambda row: row["gflop"],
-            "seconds, training": lambda row: row["seconds"],
-            "CPU seconds, training": lambda row: row["cpu_seconds"],
+            "seconds, training command": lambda row: row["seconds"],
+            "CPU seconds, training command": lambda row: row["cpu_seconds"],
             "CPU seconds, measuring": lambda row: row["measure_cpu_seconds"],
         }
         rows = []

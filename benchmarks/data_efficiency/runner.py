@@ -46,23 +46,20 @@ class Runner:
     def __init__(self, arguments: Sequence[str], results: Path):
         """arguments: the command line that names the grid, for the cells' processes."""
         self.arguments, self.results = arguments, results
-        self._lock, self._running = Lock(), set()
+        self._lock, self._running, self._ending = Lock(), set(), False
 
-    def run(self, cells: Sequence[Planned], jobs: int) -> int:
-        """Run cells, `jobs` side by side; return how many failed. Interrupted, it ends what runs and writes no row."""
-        failed = 0
+    def run(self, cells: Sequence[Planned], jobs: int) -> None:
+        """Run cells, `jobs` side by side, and print how each ended. Interrupted, it ends what runs, without a row."""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or cells would outlive this process
         with ThreadPoolExecutor(jobs) as pool:
             waiting = {pool.submit(self._run, planned): planned for planned in cells}
             try:
                 for number, done in enumerate(as_completed(waiting), start=1):
-                    line = done.result()
-                    failed += line.startswith(FAILED)
-                    print(f"{number} of {len(cells)} {waiting[done].cell.name}: {line}", flush=True)
-            except BaseException:  # a signal, or a defect here: nothing may go on running unseen
+                    print(f"{number} of {len(cells)} {waiting[done].cell.name}: {done.result()}", flush=True)
+            except BaseException:  # Ctrl-C, a signal, or a defect here: nothing may go on running unseen
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._end_all()
                 raise
-        return failed
 
     def _run(self, planned: Planned) -> str:
         """Run one cell; return its state. A cell that fails gets a row that says so."""
@@ -82,11 +79,12 @@ class Runner:
             return f"{DONE} in {time.monotonic() - started:.0f} s"
         lines = log.read_text(encoding="utf-8").splitlines()
         error = f"exit status {status}: {lines[-1] if lines else 'it said nothing'}"
-        if status > 0:  # below: ended by a signal, which says nothing about the cell
+        if not self._ending:  # else it was ended by us, which says nothing about the cell
             write_row(file_of(planned, self.results), _failed_row(planned, error))
         return f"{FAILED}, {error}"
 
     def _end_all(self) -> None:
+        self._ending = True
         with self._lock:
             for process in self._running:
                 os.killpg(process, signal.SIGTERM)

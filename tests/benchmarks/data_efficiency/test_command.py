@@ -1,15 +1,21 @@
 """Cells through the real launcher: run once, repeated exactly, marked when they fail."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
 from benchmarks.data_efficiency.command import main
 from benchmarks.data_efficiency.sets import merged
 
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = {
     "model": {
         "vision": {"image_size": 64, "patch_size": 16, "width": 32, "layers": 2, "heads": 2},
@@ -99,8 +105,29 @@ def test_a_failed_cell_is_marked_and_run_again_only_on_demand(tmp_path: Path, ca
 
 @pytest.mark.slow
 def test_a_smoke_run_trains_and_measures_every_set_of_the_grid_that_is_shipped(tmp_path: Path):
-    shipped = Path(__file__).resolve().parents[3] / "grids" / "scenes.yaml"
+    shipped = ROOT / "grids" / "scenes.yaml"
     assert main(["--grid", str(shipped), "--smoke", "--work", str(tmp_path)]) == 0
     rows = [json.loads(path.read_text()) for path in (tmp_path / "scenes-smoke").glob("*.json")]
     assert {row["group"] for row in rows if row["status"] == "done"} >= {"itc", "albef", "simla", "simla.official"}
     assert len(rows) == 7
+
+
+@pytest.mark.slow
+def test_an_interrupted_grid_leaves_no_process_and_no_row_and_goes_on(tmp_path: Path):
+    grid = Folder(tmp_path)
+    places = ["--results", str(tmp_path / "rows"), "--work", str(tmp_path / "work")]
+    command = [sys.executable, "-m", "benchmarks", "data_efficiency", "--grid", str(grid.file), *places]
+    process = subprocess.Popen(command, cwd=ROOT)
+    log = tmp_path / "work" / "tiny" / "cells" / "simla-0.5-0" / "train.log"
+    while not (log.is_file() and "pretrain.py" in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 60  # the ranks save and leave
+    while left := [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+    assert grid.rows() == {}
+    assert grid.run() == 0
+    assert [row["status"] for row in grid.rows().values()] == ["done"]

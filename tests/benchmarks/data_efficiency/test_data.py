@@ -9,10 +9,11 @@ import torch
 from benchmarks.data_efficiency import identity
 from benchmarks.data_efficiency.data import Pairs, completed, with_start_weights
 from benchmarks.data_efficiency.data import identity as config_identity
-from simla_ds.config import Config, ModelConfig, StreamConfig, TrainConfig, VisionConfig
+from benchmarks.data_efficiency.sets import SETS
+from simla_ds.config import Config, ModelConfig, ObjectivesConfig, StreamConfig, TrainConfig, VisionConfig
 from simla_ds.data.shards import find_shards, open_shard
-from simla_ds.hub import load_model_folder
-from simla_ds.model.simla import Simla
+from simla_ds.engine.build import build
+from simla_ds.engine.distributed import Ranks
 
 VISION = VisionConfig(image_size=64, patch_size=16, width=16, layers=1, heads=2)
 STREAM = StreamConfig(layers=4, text_layers=2, fusion_layers=2, width=16, heads=2, intermediate_size=32)
@@ -32,6 +33,13 @@ def config(stream: StreamConfig = STREAM, seed: int = 0) -> Config:
     return Config(model=ModelConfig(vision=VISION, stream=stream), train=TrainConfig(seed=seed))
 
 
+def set_config(name: str, seed: int = 3) -> Config:
+    """Return the configuration of an objective set."""
+    stack = SETS[name][1].get("model", {}).get("stream", {})
+    off = {key: replace(getattr(ObjectivesConfig(), key), weight=0.0) for key in SETS[name][1].get("objectives", {})}
+    return replace(config(replace(STREAM, **stack), seed), objectives=ObjectivesConfig(**off))
+
+
 def test_a_smaller_share_is_part_of_a_larger_one_and_another_seed_chooses_others(pairs: Pairs):
     tenth, fifth, other = (keys(pairs.subset(f, seed)) for f, seed in ((0.1, 0), (0.2, 0), (0.2, 1)))
     assert [len(chosen) for chosen in (tenth, fifth, other)] == [5, 10, 10]
@@ -44,26 +52,26 @@ def test_a_queue_is_at_most_a_quarter_of_the_cells_pairs(pairs: Pairs):
         assert completed(config(), pairs, fraction, queue_size=6).objectives.itc.queue_size == size
 
 
-def test_another_stack_starts_from_the_same_weights_where_shapes_agree(pairs: Pairs, tmp_path: Path):
-    base = completed(config(seed=3), pairs, 1.0, 0)
-    albef = completed(config(replace(STREAM, shared=False, token_types=True), seed=3), pairs, 1.0, 0)
-    assert with_start_weights(base, base, tmp_path / "none") == base
-    started = with_start_weights(albef, base, tmp_path / "albef")
-    network, model = load_model_folder(Path(started.init.checkpoint))
-    torch.manual_seed(3)  # what launch/pretrain.py starts the other sets from
-    shared = dict(Simla(replace(model, stream=STREAM)).named_parameters())
-    torch.manual_seed(3)
-    alone = dict(Simla(model).named_parameters())
-    own = {name for name, parameter in network.named_parameters() if name not in shared}
-    assert own == {"stream.embeddings.token_type.weight"}
-    assert all(torch.equal(parameter, shared[n]) for n, parameter in network.named_parameters() if n not in own)
-    assert not all(torch.equal(parameter, shared[n]) for n, parameter in alone.items() if n not in own)
+def test_every_set_starts_training_from_the_same_weights_where_shapes_agree(pairs: Pairs, tmp_path: Path):
+    base, started = completed(set_config("simla"), pairs, 1.0, 0), {}
+    for name in SETS:
+        one = with_start_weights(completed(set_config(name), pairs, 1.0, 0), base, tmp_path / name)
+        assert bool(one.init.checkpoint) == (name == "albef")
+        model = build(one, Ranks(0, 0, 1, torch.device("cpu")), torch.float32).task.model
+        started[name] = dict(model.named_parameters())
+    simla, albef = started["simla"], started["albef"]
+    assert albef.keys() - simla.keys() == {"stream.embeddings.token_type.weight"}
+    for name, parameters in started.items():
+        assert name == "albef" or parameters.keys() == simla.keys()
+        shared = parameters.keys() & simla.keys()
+        assert [key for key in shared if not torch.equal(parameters[key], simla[key])] == [], name
 
 
 def test_paths_are_no_part_of_a_configurations_identity(pairs: Pairs):
-    one, other = config(), completed(config(), pairs, 1.0, 0)
-    assert config_identity(one) == config_identity(replace(other, output="elsewhere"))
-    assert config_identity(one) != config_identity(config(seed=1))
+    one = completed(config(), pairs, 1.0, 0)
+    moved = replace(one, output="elsewhere", data=replace(one.data, train="there", tokenizer="there", val="there"))
+    assert config_identity(one) == config_identity(moved)
+    assert config_identity(one) != config_identity(completed(config(seed=1), pairs, 1.0, 0))
 
 
 def test_the_code_hash_covers_what_trains_and_measures_a_cell_and_not_the_report(monkeypatch: pytest.MonkeyPatch):
