@@ -7,21 +7,17 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 from simla_ds.threads import set_threads
 
 set_threads()  # before torch is imported
 
-FORMATS = """annotations, a JSON list of objects; paths start at --image-root:
-  retrieval  {"image": path, "caption": [text, ...]}
-  grounding  {"image": path, "text": expression, "box": [x, y, w, h], "size": [width, height], "proposals": optional
-              list of boxes, "split": optional name}
-  vqa        {"image": path, "question": text, "question_id": number, "answer": [ten texts] or text or left out}
-  nlvr2      {"images": [path, path], "sentence": text, "label": "True" or "False", "identifier": optional}
-  snli_ve    {"image": path (".jpg" is added), "sentence": text, "label": contradiction, neutral or entailment}
-  probes     files of Winoground, ARO, SugarCrepe or VL-CheckList as published, or
+from simla_ds.downstream.config import FORMATS, TaskName  # noqa: E402  the thread count must be set first
+
+PROBES = """  probes     files of Winoground, ARO, SugarCrepe or VL-CheckList as published, or
              {"images": [path, ...], "captions": [text, ...], "kind": optional}: caption i is right for picture i"""
-TASKS = ("retrieval", "grounding", "vqa", "nlvr2", "snli_ve", "probes")
+TASKS = (*get_args(TaskName), "probes")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -29,7 +25,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
         description=__doc__,
-        epilog=FORMATS,
+        epilog=FORMATS + PROBES,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
