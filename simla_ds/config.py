@@ -554,8 +554,8 @@ class Config:
 
     @property
     def reads_visual_tokens(self) -> bool:
-        """Whether the run needs a visual tokeniser."""
-        return self.objectives.xmm.weight > 0
+        """Whether the run has a visual tokeniser: XMM needs one, and one that is named gives the visual head's size."""
+        return self.objectives.xmm.weight > 0 or bool(self.data.visual_tokenizer)
 
     @property
     def visible_patches(self) -> int:
