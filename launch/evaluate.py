@@ -54,6 +54,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--inputs", default="both", choices=("both", "text", "image"), help="blank the other one (default: both)"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers to this file")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a CUDA card where there is one"
+    )
     arguments = parser.parse_args(argv)
     pretrained = arguments.task in ("retrieval", "probes")
     if pretrained and (arguments.inputs != "both" or arguments.predictions or arguments.answers):
@@ -80,6 +83,7 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
         str(arguments.image_root or ""),
         answers=arguments.answers,
         inputs=arguments.inputs,
+        device=arguments.device,
     )
     if arguments.predictions:
         write_predictions(arguments.predictions, annotations, predictions)
@@ -96,7 +100,7 @@ def evaluate_probes(arguments: argparse.Namespace) -> int:
 
     folder = resolve_weights(arguments.model, arguments.weights)
     source, root = str(arguments.annotations or arguments.data), str(arguments.image_root or "")
-    return report(probe_folder(folder, source, root), arguments.json)
+    return report(probe_folder(folder, source, root, device=arguments.device), arguments.json)
 
 
 def report(measures: dict[str, float], json_out: Path | None) -> int:
@@ -122,7 +126,7 @@ def evaluate_retrieval(arguments: argparse.Namespace) -> int:
     from simla_ds.report import retrieval_table
 
     folder = resolve_weights(arguments.model, arguments.weights)
-    model, config = load_model_folder(folder)
+    model, config = load_model_folder(folder, device=arguments.device)
     processor = SimlaProcessor.from_pretrained(folder)
     protocol = PROTOCOLS[arguments.protocol] if arguments.protocol else None
     processor.image_size = (protocol and protocol.image_size) or processor.image_size
