@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -11,6 +12,8 @@ from launch import finetune
 from simla_ds.config import Config, DataConfig, ObjectivesConfig, OptimConfig, SourceConfig, TeacherConfig, TrainConfig
 from simla_ds.downstream.config import TaskName
 from simla_ds.parsing import LaunchArguments, dump_config, parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -289,6 +292,17 @@ def test_the_base_recipe_is_the_papers(project_root):
     assert (config.train.samples, config.objectives.alpha_ramp_samples) == (120_000_000, 4_000_000)
     assert round(config.objectives.xmm.mask_ratio * model.vision.patches) == 75
     assert replace(config, output="x").data.crop_scale == (0.2, 1.0)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_read_by_its_programme(path):
+    _, tuned, task = path.stem.rpartition("finetune_")
+    if not tuned:
+        assert parse_config(["--config", str(path)])[0].output == f"runs/{path.stem}"
+        return
+    config, _ = finetune.parse(["--config", str(path)])
+    assert (config.task, config.output) == (task, f"runs/{path.stem}")
+    assert config.learning_rate_scale(2 * config.train.batch_size) == 1.0  # published on two processes
 
 
 def test_parsing_needs_no_torch():
