@@ -25,6 +25,8 @@ def main(argv: list[str]) -> int:
     """Run one benchmark; 2 when there is none of that name."""
     if argv and argv[0] in BENCHMARKS:
         return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+    if argv and not argv[0].startswith("-"):
+        print(f"there is no benchmark called {argv[0]}", file=sys.stderr)
     lines = [f"  {name:15} {what}" for name, what in BENCHMARKS.items()]
     print("\n".join(["usage: python -m benchmarks NAME [--help] ...", *lines]))
     return 0 if argv in (["--help"], ["-h"]) else 2

@@ -251,8 +251,14 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.compilation", description="Compile the kernels for cards that are not here."
     )
     parser.add_argument("operations", nargs="*", metavar="OPERATION", help=f"of {', '.join(operations())}; all")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of inputs (default: all)")
+    parser.add_argument(
+        "--architecture",
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=list(ARCHITECTURES),
+        help="compiled for (default: all)",
+    )
     parser.add_argument("--write", action="store_true", help=f"store {RESULT.name} and the table in kernels/README.md")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.operations) - set(operations())

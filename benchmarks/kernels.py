@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,14 @@ ROWS, HEADS, DIM, WIDTH, ALPHA = 16, 12, 64, 768, 0.4
 Contenders = dict[str, Callable[[], object]]
 
 
-def cases(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Contenders]]:
-    """Yield (operation and sizes, contenders); `ours` is this project's."""
+def cases(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Contenders]]]:
+    """Yield (operation and sizes, what makes its contenders); `ours` is this project's."""
     for name, (queries, keys) in ATTENTION.items():
-        yield f"cross_attention: {name} ({queries} x {keys})", _attention(queries, keys, device, dtype)
-    yield "linear_soft_ce: XMM (16 x 256, 75 masked, V 8192)", xmm_head(device, dtype)
-    yield "linear_soft_ce: MLM (16 x 30, 15 % masked, V 30522)", _mlm_head(device, dtype)
+        yield f"cross_attention: {name} ({queries} x {keys})", partial(_attention, queries, keys, device, dtype)
+    yield "linear_soft_ce: XMM (16 x 256, 75 masked, V 8192)", partial(xmm_head, device, dtype)
+    yield "linear_soft_ce: MLM (16 x 30, 15 % masked, V 30522)", partial(_mlm_head, device, dtype)
     for tokens in (ROWS * 257, ROWS * 30):
-        yield f"dropout_add_layer_norm: {tokens} x {WIDTH}, dropout 0.1", _layer_norm(tokens, device, dtype)
+        yield f"dropout_add_layer_norm: {tokens} x {WIDTH}, dropout 0.1", partial(_layer_norm, tokens, device, dtype)
 
 
 def _attention(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> Contenders:
@@ -178,9 +179,10 @@ def measure(device: torch.device, dtypes: list[str], repeats: int, only: str) ->
     """Time every case that contains `only`; print as it goes."""
     results = []
     for dtype in dtypes:
-        for name, contenders in cases(device, DTYPES[dtype]):
+        for name, make in cases(device, DTYPES[dtype]):
             if only not in name:
                 continue
+            contenders = make()
             times = _on_card(contenders) if device.type == "cuda" else alternate(contenders, repeats)
             others = {key: value["median"] for key, value in times.items() if key != "ours"}
             ratios = {key: value / times["ours"]["median"] for key, value in others.items()}
@@ -199,9 +201,9 @@ def tune_all(device: torch.device, dtypes: list[str], only: str, path: Path) -> 
         return taken
 
     for dtype in dtypes:
-        for name, contenders in cases(device, DTYPES[dtype]):
+        for name, make in cases(device, DTYPES[dtype]):
             if only in name:
-                run: Any = contenders["ours"]
+                run: Any = make()["ours"]
                 found = tune(run, median)
                 tuned.store(path, device, found)
                 print(f"{dtype:5} {name:58} {len(found)} faster configuration(s)", flush=True)
@@ -246,8 +248,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks kernels", description="The fused operations against what they replace."
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    card = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=card, help="default: a card where there is one")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of inputs (default: all)")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed runs of each contender (CPU)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the figures")
@@ -256,6 +259,11 @@ def main(argv: list[str] | None = None) -> int:
         "--tune", type=Path, metavar="FILE", help=f"on a card: store faster launch configurations, for {tuned.VARIABLE}"
     )
     arguments = parser.parse_args(argv)
+    names = [name for name, _ in cases(torch.device("cpu"), torch.float32)]
+    if not any(arguments.only in name for name in names):
+        parser.error(f"--only {arguments.only}: in none of {'; '.join(names)}")
+    if arguments.only and arguments.write:
+        parser.error("--write puts the whole table into kernels/README.md: leave --only out")
     device, where = torch.device(arguments.device), environment()
     torch.manual_seed(0)
     if arguments.tune:

@@ -50,9 +50,7 @@ def run(size: str, precision: str, repeats: int, clock: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%dT%H:%M"),
         "environment": environment(),
         "inside": "forward, backward, AdamW, queue and teacher; not: data, visual tokeniser, gradient clipping",
-        "note": ""
-        if can_time
-        else "this CPU has no bf16 units (AVX512-BF16, AMX): bytes are counted, nothing is timed",
+        "note": "" if can_time else NOT_TIMED,
         "pairs": SIZES[size].train.batch_size,
     }
     if not can_time:

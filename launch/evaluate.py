@@ -7,21 +7,17 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 from simla_ds.threads import set_threads
 
 set_threads()  # before torch is imported
 
-FORMATS = """annotations, a JSON list of objects; paths start at --image-root:
-  retrieval  {"image": path, "caption": [text, ...]}
-  grounding  {"image": path, "text": expression, "box": [x, y, w, h], "size": [width, height], "proposals": optional
-              list of boxes, "split": optional name}
-  vqa        {"image": path, "question": text, "question_id": number, "answer": [ten texts] or text or left out}
-  nlvr2      {"images": [path, path], "sentence": text, "label": "True" or "False", "identifier": optional}
-  snli_ve    {"image": path (".jpg" is added), "sentence": text, "label": contradiction, neutral or entailment}
-  probes     files of Winoground, ARO, SugarCrepe or VL-CheckList as published, or
+from simla_ds.downstream.config import FORMATS, TaskName  # noqa: E402  the thread count must be set first
+
+PROBES = """  probes     files of Winoground, ARO, SugarCrepe or VL-CheckList as published, or
              {"images": [path, ...], "captions": [text, ...], "kind": optional}: caption i is right for picture i"""
-TASKS = ("retrieval", "grounding", "vqa", "nlvr2", "snli_ve", "probes")
+TASKS = (*get_args(TaskName), "probes")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -29,7 +25,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
         description=__doc__,
-        epilog=FORMATS,
+        epilog=FORMATS + PROBES,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,6 +54,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--inputs", default="both", choices=("both", "text", "image"), help="blank the other one (default: both)"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers to this file")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a CUDA card where there is one"
+    )
     arguments = parser.parse_args(argv)
     pretrained = arguments.task in ("retrieval", "probes")
     if pretrained and (arguments.inputs != "both" or arguments.predictions or arguments.answers):
@@ -84,6 +83,7 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
         str(arguments.image_root or ""),
         answers=arguments.answers,
         inputs=arguments.inputs,
+        device=arguments.device,
     )
     if arguments.predictions:
         write_predictions(arguments.predictions, annotations, predictions)
@@ -100,7 +100,7 @@ def evaluate_probes(arguments: argparse.Namespace) -> int:
 
     folder = resolve_weights(arguments.model, arguments.weights)
     source, root = str(arguments.annotations or arguments.data), str(arguments.image_root or "")
-    return report(probe_folder(folder, source, root), arguments.json)
+    return report(probe_folder(folder, source, root, device=arguments.device), arguments.json)
 
 
 def report(measures: dict[str, float], json_out: Path | None) -> int:
@@ -126,7 +126,7 @@ def evaluate_retrieval(arguments: argparse.Namespace) -> int:
     from simla_ds.report import retrieval_table
 
     folder = resolve_weights(arguments.model, arguments.weights)
-    model, config = load_model_folder(folder)
+    model, config = load_model_folder(folder, device=arguments.device)
     processor = SimlaProcessor.from_pretrained(folder)
     protocol = PROTOCOLS[arguments.protocol] if arguments.protocol else None
     processor.image_size = (protocol and protocol.image_size) or processor.image_size

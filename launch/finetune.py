@@ -10,14 +10,19 @@ from simla_ds.threads import set_threads
 
 set_threads()  # before torch is imported
 
-from simla_ds.downstream.config import FinetuneConfig  # noqa: E402  the thread count must be set first
-from simla_ds.parsing import parse_config  # noqa: E402  the same
+from simla_ds.downstream.config import FORMATS, FinetuneConfig  # noqa: E402  the thread count must be set first
+from simla_ds.parsing import LaunchArguments, parse_config  # noqa: E402  the same
+
+
+def parse(argv: list[str]) -> tuple[FinetuneConfig, LaunchArguments]:
+    """Read the command line; exits with status 2 on wrong use."""
+    purpose, short = "Fine-tune SIMLA for a task.", {"--model": "init.checkpoint"}
+    return parse_config(argv, FinetuneConfig, "finetune.py", purpose, short=short, notes=FORMATS)
 
 
 def main() -> int:
     """Parse, build, train."""
-    argv = ["--init.checkpoint" + a[7:] if a.partition("=")[0] == "--model" else a for a in sys.argv[1:]]
-    config, launch = parse_config(argv, FinetuneConfig, "finetune.py", "Fine-tune SIMLA for a task.")
+    config, launch = parse(sys.argv[1:])
     from simla_ds.engine.finetune import build_finetuning
     from simla_ds.engine.run import run
 

@@ -119,7 +119,9 @@ def _import(arguments: argparse.Namespace) -> int:
 def _visualize(arguments: argparse.Namespace) -> int:
     from simla_ds.visualize import visualize
 
-    probability = visualize(arguments.model, arguments.image, arguments.text, arguments.out, arguments.layer)
+    probability = visualize(
+        arguments.model, arguments.image, arguments.text, arguments.out, arguments.layer, arguments.device
+    )
     print(f"{arguments.out}: the text matches with probability {probability:.2f}")
     return DONE
 
@@ -145,17 +147,18 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but no "(default: None)"."""
+    """Shows defaults, but none that is nothing: None, empty, a switch that is off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, False, "", ()) else super()._get_help_string(action)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="simla",
         description="SIMLA: single-stream multi-level alignment for vision and language.",
-        epilog="Training: launch/pretrain.py --help. Exit status: 0 done, 1 failed, 2 wrong use or bad input.",
+        epilog="Training and measuring: launch/pretrain.py, launch/finetune.py, launch/evaluate.py, each with --help. "
+        "Exit status: 0 done, 1 failed, 2 wrong use or bad input.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"simla {__version__}")
@@ -355,6 +358,9 @@ def _add_visualize(commands) -> None:
     command.add_argument(
         "--layer", type=int, metavar="N", help="from 0 (default: at the height of the published 8 of 12)"
     )
+    command.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a CUDA card where there is one"
+    )
 
 
 def _add_plan(commands) -> None:
@@ -406,16 +412,22 @@ def _add_demo(commands) -> None:
 
 
 def _share(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {number}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, got {text!r}")
     return number
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
     return number
 
 

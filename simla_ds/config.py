@@ -8,7 +8,7 @@ owns ZeRO and communication; everything else is here.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 
@@ -287,9 +287,14 @@ class ObjectivesConfig:
         _require(bool(self.enabled), "objectives: every weight is 0; give at least one objective a weight")
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all objectives: the fields with a weight of their own."""
+        return tuple(item.name for item in fields(self) if hasattr(getattr(self, item.name), "weight"))
+
+    @property
     def enabled(self) -> tuple[str, ...]:
         """Names of the objectives with a weight, in the order they are computed."""
-        return tuple(name for name in ("itc", "itm", "mlm", "xmm", "psl") if getattr(self, name).weight > 0)
+        return tuple(name for name in self.names if getattr(self, name).weight > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -554,8 +559,8 @@ class Config:
 
     @property
     def reads_visual_tokens(self) -> bool:
-        """Whether the run needs a visual tokeniser."""
-        return self.objectives.xmm.weight > 0
+        """Whether the run has a visual tokeniser: XMM needs one, and one that is named gives the visual head's size."""
+        return self.objectives.xmm.weight > 0 or bool(self.data.visual_tokenizer)
 
     @property
     def visible_patches(self) -> int:

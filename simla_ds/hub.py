@@ -19,8 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -30,6 +29,7 @@ from simla_ds.config import ModelConfig, StreamConfig, VisionConfig, VocabularyC
 from simla_ds.data.processor import SimlaProcessor, read_json, save_processor
 from simla_ds.model.network import Network
 from simla_ds.model.simla import Simla
+from simla_ds.model.weight_files import read_weights
 
 N = TypeVar("N", bound=Network)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -44,6 +44,12 @@ __all__ = [
     "save_model_folder",
     "task_of",
 ]
+TASK_NETWORKS = {
+    "vqa": "simla_ds.downstream.vqa.AnswerNetwork",
+    "nlvr2": "simla_ds.downstream.nlvr2.PairNetwork",
+    "snli_ve": "simla_ds.downstream.snli_ve.EntailmentNetwork",
+}
+"""Classes of the networks that SimlaModel does not hold, by task, for messages."""
 _PARTS = {"vision": VisionConfig, "stream": StreamConfig, "vocabulary": VocabularyConfig}
 
 
@@ -110,7 +116,13 @@ class SimlaModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but refuse weights in which a parameter is missing (ValueError)."""
+        """Load as transformers does, but refuse (ValueError) another network, and weights that lack a parameter."""
+        folder = Path(str(pretrained_model_name_or_path))
+        if (folder / CONFIG).is_file() and (task := _read_config(folder).task) != Simla.task:
+            network = TASK_NETWORKS.get(task, "its network").rpartition(".")[2]
+            raise ValueError(
+                f"{folder} holds a model for {task!r}; load it with simla_ds.hub.load_model_folder({folder}, {network})"
+            )
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -222,15 +234,17 @@ def new_model_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def load_model_folder(folder: Path, kind: type[N] = Simla) -> tuple[N, ModelConfig]:
+def load_model_folder(folder: Path, kind: type[N] = Simla, device: str = "cpu") -> tuple[N, ModelConfig]:
     """Load the network of a model folder and its configuration, in eval mode, without deepspeed or triton.
 
     Args:
         folder: pretraining's, or with `kind` that of a downstream task's network.
         kind: the network it must hold.
+        device: where the network goes; `auto`: a CUDA card where there is one.
 
     Raises:
-        ValueError: a file is missing, another model type or task, or weights of other sizes than config.json says.
+        ValueError: a file is missing or broken, another model type or task, weights of other sizes than config.json
+            says, or no such device.
     """
     folder = Path(folder)
     described = _read_config(folder)
@@ -241,8 +255,8 @@ def load_model_folder(folder: Path, kind: type[N] = Simla) -> tuple[N, ModelConf
         raise ValueError(f"{folder} is no model folder: {WEIGHTS} is missing")
     with torch.device("meta"):
         wanted = {f"model.{name}": tuple(p.shape) for name, p in kind(config).named_parameters()}
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        given = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
+    weights = read_weights(folder / WEIGHTS)
+    given = {name: tuple(value.shape) for name, value in weights.items()}
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):
             raise ValueError(
@@ -250,11 +264,16 @@ def load_model_folder(folder: Path, kind: type[N] = Simla) -> tuple[N, ModelConf
                 f"its {CONFIG} describes {wanted.get(name, 'no such parameter')}"
             )
     model = kind(config)
-    weights = load_file(folder / WEIGHTS)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[f"model.{name}"])
-    return model.eval(), config
+    return model.eval().to(_device(device)), config
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch finds no CUDA card here; name auto or cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def _write_network(network: Network, target: Path, extra: dict | None) -> None:

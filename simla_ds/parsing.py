@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import os
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from simla_ds.config import Config
+from simla_ds.hints import explain, is_group
 
 C = TypeVar("C", bound=Config)
 _USAGE = "%s [--deepspeed FILE.json] [--config RECIPE.yaml ...] [--KEY.SUBKEY VALUE ...]"
-_UNKNOWN_KEY = (
-    re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)"),
-    re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'"),
-    re.compile(r"Option '(?P<key>[^']+)' is not accepted"),
-)
-"""jsonargparse's words for a key it doesn't know: on the command line, in a recipe's group, at a recipe's top."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +40,17 @@ class LaunchArguments:
 
 
 def parse_config(
-    argv: list[str], kind: type[C] = Config, program: str = "pretrain.py", purpose: str = "Pretrain SIMLA."
+    argv: list[str],
+    kind: type[C] = Config,
+    program: str = "pretrain.py",
+    purpose: str = "Pretrain SIMLA.",
+    *,
+    short: Mapping[str, str] | None = None,
+    notes: str = "",
 ) -> tuple[C, LaunchArguments]:
-    """Return the run's configuration, of a kind, and the launcher's arguments; program and purpose are for messages.
+    """Return the run's configuration, of a kind, and the launcher's arguments.
 
+    program and purpose are for messages, notes for the end of the help. short: options that stand for a key.
     Exits with status 0 after --help and 2 on wrong use; only local rank 0 prints.
     """
     options, rest = _launch_parser(program).parse_known_args(argv)
@@ -57,6 +60,7 @@ def parse_config(
             stack.enter_context(contextlib.redirect_stdout(silence))
             stack.enter_context(contextlib.redirect_stderr(silence))
         parser = _config_parser(kind, program, purpose)
+        parser.kind, parser.short, parser.notes = kind, short or {}, notes
         config = _build(parser, kind, rest)
         return config, LaunchArguments(deepspeed=_deepspeed_file(parser, options), local_rank=options.local_rank)
 
@@ -79,33 +83,37 @@ def _yaml_lines(values: dict[str, Any], indent: str = "") -> Iterator[str]:
 class _OneLineParser(ArgumentParser):
     """A parser whose errors are one line, with the nearest name to an unknown key."""
 
+    kind: type = Config
+    short: Mapping[str, str] = MappingProxyType({})
+    """Options that stand for a key, as `--model` for `init.checkpoint`."""
+    typed: Mapping[str, str] = MappingProxyType({})
+    """Those of them that were given, for messages."""
+    notes: str = ""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line to stderr and exit with status 2."""
-        _fail(self.prog, self._with_hint(message))
+        for option, key in self.typed.items():
+            message = message.replace(f"argument --{key}:", f"argument {option}:")
+        _fail(self.prog, explain(message, self.prog, self.kind, self._keys()))
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Return the help of every key, and of the launcher's arguments."""
-        return f"{super().format_help(*args, **kwargs)}\n{_launch_parser(self.prog).format_help()}"
+        for action in self._actions:
+            if is_group(action.option_strings, self._keys()):
+                action.help = argparse.SUPPRESS  # jsonargparse's "Path to a configuration file" of each group
+        parts = [super().format_help(*args, **kwargs), _launch_parser(self.prog).format_help()]
+        if self.short:
+            parts.append("Short:\n" + "".join(f"  {o} VALUE  --{key} VALUE\n" for o, key in self.short.items()))
+        return "\n".join(filter(None, [*parts, self.notes]))
 
-    def _with_hint(self, message: str) -> str:
-        for pattern in _UNKNOWN_KEY:
-            if match := pattern.search(message):
-                key = ".".join(match.groupdict().values())
-                nearest = self._nearest(key)
-                hint = f"; did you mean --{nearest}?" if nearest else f"; see {self.prog} --help"
-                return f"there is no key {key}{hint}"
-        if message.startswith("Unexpected config:"):
-            return "a recipe (--config) must hold keys, as those in launch/recipes; it is empty or a list"
-        message = re.sub(r"an? <class '(\w+)'>", r"\1", message).replace("a typing.", "one of ").replace("typing.", "")
-        return re.sub(r'Parser key "([^"]+)":', r"\1:", message)
+    def long(self, argv: list[str]) -> list[str]:
+        """Write short options out."""
+        options = [argument.partition("=") for argument in argv]
+        self.typed = {option: self.short[option] for option, _, _ in options if option in self.short}
+        return [f"--{self.typed[o]}{sep}{value}" if o in self.typed else o + sep + value for o, sep, value in options]
 
-    def _nearest(self, key: str) -> str | None:
-        """Return the known dotted key most like this one, or most like it in its last part (batch_size)."""
-        known = [name[2:] for action in self._actions for name in action.option_strings if name.startswith("--")]
-        last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}  # reversed: of equal names the first stays
-        whole = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-        part = [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), n=1, cutoff=0.75)]
-        return next(iter(whole + part if "." in key else part + whole), None)
+    def _keys(self) -> list[str]:
+        return [name[2:] for action in self._actions for name in action.option_strings if name.startswith("--")]
 
 
 class _LaunchParser(argparse.ArgumentParser):
@@ -144,13 +152,14 @@ def _config_parser(kind: type[Config], program: str, purpose: str) -> _OneLinePa
 
 def _build(parser: _OneLineParser, kind: type[C], argv: list[str]) -> C:
     try:
-        values = parser.parse_args(_recipes_first(argv))
+        recipes, others = _apart(parser.long(argv))
+        for recipe in recipes:
+            _check_recipe(recipe)
+        values = parser.parse_args([*(f"--config={recipe}" for recipe in recipes), *others])
         if (problem := _empty_key(kind, values)) is not None:
             raise ValueError(f"{problem}; see launch/recipes for an example, or leave out its line")
         built = parser.instantiate(values)
         return kind(**{item.name: built[item.name] for item in fields(kind)})
-    except UnicodeDecodeError as error:
-        parser.error(f"a recipe (--config) is not UTF-8 text: {error}")
     except ValueError as error:  # a dataclass refused its values
         parser.error(str(error))
 
@@ -169,18 +178,41 @@ def _empty_key(kind: type, values: Namespace, prefix: str = "") -> str | None:
     return None
 
 
-def _recipes_first(argv: list[str]) -> list[str]:
-    """Move --config to the front: jsonargparse lets whatever comes later win, also a recipe over a key."""
+def _apart(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return the recipes and the other arguments: jsonargparse lets whatever comes later win, also a recipe over a key.
+
+    ValueError when a --config names no file.
+    """
     recipes, others = [], []
     arguments = iter(argv)
     for argument in arguments:
         if argument == "--config":
-            recipes += [argument, *([value] if (value := next(arguments, None)) is not None else [])]
+            recipe = next(arguments, None)
+            if recipe is None:
+                raise ValueError("--config names no file; give a recipe, such as launch/recipes/scenes_tiny.yaml")
+            recipes.append(recipe)
         elif argument.startswith("--config="):
-            recipes.append(argument)
+            recipes.append(argument.removeprefix("--config="))
         else:
             others.append(argument)
-    return recipes + others
+    return recipes, others
+
+
+def _check_recipe(recipe: str) -> None:
+    """Raise ValueError, naming the file, when a recipe is not there or holds no keys."""
+    if not Path(recipe).is_file():
+        raise ValueError(f"--config {recipe}: no such file")
+    try:
+        content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {recipe} is not UTF-8 text: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        place = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise ValueError(f"--config {recipe}:{place} {error.problem or error.context}") from error
+    except yaml.YAMLError as error:  # a control character
+        raise ValueError(f"--config {recipe} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {recipe} must hold keys, as those in launch/recipes; it is empty or a list")
 
 
 def _deepspeed_file(parser: _OneLineParser, options: argparse.Namespace) -> str | None:

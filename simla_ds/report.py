@@ -15,8 +15,8 @@ from torch import Tensor
 
 from simla_ds.data.transforms import CLIP_MEAN, CLIP_STD
 from simla_ds.downstream.retrieval import DIRECTIONS, Ranking, RetrievalResult
+from simla_ds.objectives import OBJECTIVES
 
-OBJECTIVES = ("itc", "itm", "mlm", "xmm", "psl")
 RIGHT, WRONG, INK, PAPER = "#1a9641", "#bbbbbb", "black", "white"
 TILE, GAP, COLUMN, LINE, ANSWERS = 128, 10, 250, 16, 5
 
@@ -67,14 +67,17 @@ def draw_curves(run: Path, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     lines = read_metrics(run)
-    figure, axes = plt.subplots(2, 4, figsize=(18, 8), layout="constrained")
-    for axis, name in zip(axes.flat, OBJECTIVES, strict=False):
-        _draw_loss(axis, lines, name)
-    _draw_recall(axes.flat[5], lines)
-    for axis, title, names in (
-        (axes.flat[6], "keywords: average precision", ("psl/average_precision", "psl/frequency_prior")),
-        (axes.flat[7], "accuracy", ("itm/accuracy_matched", "itm/accuracy_unmatched", "mlm/accuracy", "xmm/accuracy")),
+    rows = -(-(len(OBJECTIVES) + 3) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(18, 4 * rows), layout="constrained")
+    panels = iter(axes.flat)
+    for name in OBJECTIVES:
+        _draw_loss(next(panels), lines, name)
+    _draw_recall(next(panels), lines)
+    for title, names in (
+        ("keywords: average precision", ("psl/average_precision", "psl/frequency_prior")),
+        ("accuracy", ("itm/accuracy_matched", "itm/accuracy_unmatched", "mlm/accuracy", "xmm/accuracy")),
     ):
+        axis = next(panels)
         for key in names:
             axis.plot(*series(lines, f"eval/student/{key}"), marker=".", label=key)
         _finish(axis, title)

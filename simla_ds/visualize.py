@@ -16,13 +16,14 @@ SHOWN_SIDE = 384
 """Pixels of the longer side at least: scenes have 128."""
 
 
-def visualize(folder: Path, image: Path, text: str, out: Path, layer: int | None = None) -> float:
+def visualize(folder: Path, image: Path, text: str, out: Path, layer: int | None = None, device: str = "auto") -> float:
     """Write the picture beside itself under its heat map as a PNG; return the probability that the text matches.
 
-    Raises ValueError: no model folder, an unreadable picture, a layer without cross-attention.
+    device: as hub.load_model_folder's. Raises ValueError: no model folder, an unreadable picture, a layer without
+    cross-attention.
     """
-    model, _ = load_model_folder(folder)
-    inputs = SimlaProcessor.from_pretrained(folder)(image, text)
+    model, _ = load_model_folder(folder, device=device)
+    inputs = SimlaProcessor.from_pretrained(folder)(image, text).to(next(model.parameters()).device)
     batch = {
         "image": inputs["pixel_values"],
         "input_ids": inputs["input_ids"],
@@ -39,7 +40,7 @@ def visualize(folder: Path, image: Path, text: str, out: Path, layer: int | None
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     sheet = Image.new("RGB", (2 * picture.width, picture.height))
     sheet.paste(picture, (0, 0))
-    sheet.paste(overlay(picture, upsample(maps[0], *picture.size).numpy()), (picture.width, 0))
+    sheet.paste(overlay(picture, upsample(maps[0].cpu(), *picture.size).numpy()), (picture.width, 0))
     sheet.save(out, "PNG")
     return probability
 

@@ -1,5 +1,6 @@
 """The console command: what each subcommand passes on, and its exit status."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,13 @@ def test_wrong_use_is_status_2(library, argv):
     assert library.calls == []
 
 
+@pytest.mark.parametrize("given", ["abc", "0", "1.5"])
+def test_a_number_that_is_none_is_told_in_words(capsys, given):
+    with pytest.raises(SystemExit):
+        main(["prepare", "scenes", "--out", "x", "--train", given])
+    assert f"argument --train: must be a whole number above 0, got '{given}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv",
     [[], ["prepare"], ["prepare", "scenes"], ["prepare", "coco"], ["inspect"], ["verify"], ["demo"]],
@@ -100,7 +108,9 @@ def test_every_command_has_help_with_defaults(argv, capsys):
         main([*argv, "--help"])
     text = capsys.readouterr().out
     assert exit.value.code == 0
-    assert "default: None" not in text
+    assert not re.search(r"default: (None|False|\(\)|\))", text)
+    if not argv:
+        assert all(name in text for name in ("launch/pretrain.py", "launch/finetune.py", "launch/evaluate.py"))
     if argv == ["prepare", "scenes"]:
         assert all(default in text for default in ("20000", "128", "PIXELS"))
 

@@ -1,6 +1,7 @@
 """Each check of the configuration names the setting and both numbers; derived values follow their stated rules."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from simla_ds.config import (
     TrainConfig,
     VisionConfig,
 )
+from simla_ds.objectives import OBJECTIVES
 
 ALL_OFF: dict[str, Any] = {
     "itc": ContrastiveConfig(weight=0.0),
@@ -95,6 +97,15 @@ def test_a_batch_of_one_is_fine_where_its_wrong_partners_are_elsewhere_or_not_wa
 def test_objectives_without_a_weight_are_not_enabled():
     assert ObjectivesConfig().enabled == ("itc", "itm", "mlm", "xmm", "psl")
     assert ObjectivesConfig(**{**ALL_OFF, "xmm": CrossModalConfig()}).enabled == ("xmm",)
+
+
+def test_a_sixth_objective_is_enabled_by_its_field_alone():
+    @dataclass(frozen=True, kw_only=True)
+    class More(ObjectivesConfig):
+        sixth: MatchingConfig = field(default_factory=MatchingConfig)
+
+    assert More().enabled == (*OBJECTIVES, "sixth")
+    assert More(sixth=MatchingConfig(weight=0.0)).enabled == tuple(OBJECTIVES)
 
 
 def test_depths_follow_the_layout():

@@ -1,5 +1,6 @@
 """Model folders: what is saved is what is loaded, and a folder alone turns a picture and a string into scores."""
 
+import importlib
 import json
 import logging
 import re
@@ -12,10 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
+from simla_ds import hub
 from simla_ds.config import Config, ModelConfig, StreamConfig, VisionConfig, VocabularyConfig
 from simla_ds.data.batch import PairMaker, collate
 from simla_ds.data.text import TextTokenizer, train_tokenizer
 from simla_ds.hub import (
+    TASK_NETWORKS,
     SimlaConfig,
     SimlaModel,
     SimlaProcessor,
@@ -204,6 +207,43 @@ def test_weights_with_a_missing_parameter_never_load(folder, caplog):
         load_model_folder(folder)
     with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match="lacks 1 parameter"):
         SimlaModel.from_pretrained(folder)
+
+
+def test_broken_weights_are_one_line_that_says_so(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    for left in (len(whole) - 1, 100, 0):
+        (folder / "model.safetensors").write_bytes(whole[:left])
+        with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as weights: .*; copy it again"):
+            load_model_folder(folder)
+
+
+@pytest.mark.parametrize("task", TASK_NETWORKS)
+def test_a_tasks_folder_is_refused_by_the_hugging_face_class_which_names_the_right_one(student, tmp_path, task):
+    module, _, name = TASK_NETWORKS[task].rpartition(".")
+    network = getattr(importlib.import_module(module), name)
+    assert network.task == task
+    save_model_folder(network(student.config), tmp_path / "task")
+    with pytest.raises(
+        ValueError, match=rf"holds a model for '{task}'; load it with .*load_model_folder\(.*, {name}\)"
+    ):
+        SimlaModel.from_pretrained(tmp_path / "task")
+    assert isinstance(load_model_folder(tmp_path / "task", network)[0], network)
+
+
+@pytest.mark.parametrize(("card", "device"), [(True, "cuda"), (False, "cpu")])
+def test_auto_takes_a_card_where_there_is_one(monkeypatch, card, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    assert hub._device("auto").type == device
+    assert hub._device("cpu").type == "cpu"
+    if not card:
+        with pytest.raises(ValueError, match="finds no CUDA card"):
+            hub._device("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+def test_a_network_is_loaded_onto_the_card(folder):
+    model, _ = load_model_folder(folder, device="auto")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
 
 
 # Scores

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from simla_ds.cli import main
 from simla_ds.data.text import TextTokenizer, train_tokenizer
 from simla_ds.hub import save_model_folder
 from simla_ds.model.simla import Simla
-from simla_ds.visualize import overlay
+from simla_ds.visualize import overlay, visualize
 from tests.tiny import model_config, spread_weights
 
 
@@ -34,6 +35,22 @@ def test_a_png_is_written_with_the_picture_and_its_map(folder, capsys):
     left, right = np.asarray(sheet)[:, :384], np.asarray(sheet)[:, 384:]
     assert np.ptp(left.reshape(-1, 3), axis=0).max() <= 4  # one colour, but for JPEG's rounding
     assert np.ptp(right.reshape(-1, 3), axis=0).max() > 100
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_device_is_the_one_asked_for(folder, capsys, monkeypatch, device):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    command = ["visualize", str(folder / "picture.jpg"), "a red dog", "--model", str(folder / "model")]
+    status = main([*command, "--out", str(folder / "heat.png"), "--device", device])
+    assert status == (0 if device == "cpu" else 2)
+    assert ("no CUDA card" in capsys.readouterr().err) == (device == "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+def test_a_card_draws_the_same_map(folder):
+    paths = folder / "model", folder / "picture.jpg", "a red dog"
+    on_card, on_cpu = (visualize(*paths, folder / f"{d}.png", device=d) for d in ("cuda", "cpu"))
+    assert on_card == pytest.approx(on_cpu, abs=1e-3)
 
 
 def test_the_hottest_place_is_the_reddest():

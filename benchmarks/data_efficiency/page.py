@@ -20,6 +20,7 @@ from benchmarks.data_efficiency.compare import (
 from benchmarks.data_efficiency.grid import Grid
 from benchmarks.data_efficiency.plots import draw_needed, draw_scores
 from benchmarks.data_efficiency.rows import DONE, FAILED, Row, read_rows
+from simla_ds.objectives import OBJECTIVES
 
 HEADLINES = {
     "retrieval/itc/mean_recall": ("mean recall, ITC", "retrieval/chance/mean_recall"),
@@ -178,7 +179,7 @@ class Report:
         return Table(f"Cost of a cell at {fraction:.0%}", ["set", *keys], rows)
 
     def _shares(self, shown: Iterable[str], fraction: float) -> Table:
-        names = ("itc", "itm", "mlm", "xmm", "psl")
+        names = tuple(OBJECTIVES)
         rows = []
         for group in shown:
             of = [r["gradient_share"] for r in self.done if (r["group"], r["fraction"]) == (group, fraction)]

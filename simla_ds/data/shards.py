@@ -164,7 +164,10 @@ class Shard:
 
 
 def open_shard(path: str) -> Shard:
-    """Index of a tar: from PATH.index.npz when that is of this very tar, else from the headers, and then kept there."""
+    """Index of a tar: from PATH.index.npz when that is of this very tar, else from the headers, and then kept there.
+
+    Of a file that holds no sample nothing is kept: it may be no tar at all.
+    """
     try:
         stamp = _stamp(path)
     except OSError:
@@ -172,8 +175,9 @@ def open_shard(path: str) -> Shard:
     shard = load_index(_sidecar(path), path, stamp)
     if shard is None:
         shard = index_tar(path)
-        with contextlib.suppress(OSError):  # where the folder cannot be written, the headers are read each time
-            save_index(_sidecar(path), shard, stamp)
+        if len(shard):
+            with contextlib.suppress(OSError):  # where the folder cannot be written, the headers are read each time
+                save_index(_sidecar(path), shard, stamp)
     return shard
 
 

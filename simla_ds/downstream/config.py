@@ -17,6 +17,15 @@ from simla_ds.config import (
 )
 
 TaskName = Literal["retrieval", "grounding", "vqa", "nlvr2", "snli_ve", "text_assignment"]
+FORMATS = """annotations, a JSON list of objects; paths start at the picture root:
+  retrieval  {"image": path, "caption": [text, ...]}
+  grounding  {"image": path, "text": expression, "box": [x, y, w, h], "size": [width, height], "proposals": optional
+              list of boxes, "split": optional name}
+  vqa        {"image": path, "question": text, "question_id": number, "answer": [ten texts] or text or left out}
+  nlvr2      {"images": [path, path], "sentence": text, "label": "True" or "False", "identifier": optional}
+  snli_ve    {"image": path (".jpg" is added), "sentence": text, "label": contradiction, neutral or entailment}
+"""
+"""For helps."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ def evaluate_folder(
     batch_size: int = 50,
     inputs: Literal["both", "text", "image"] = "both",
     limit: int = 0,
+    device: str = "auto",
 ) -> tuple[dict[str, float], list[dict[str, Any]], Annotations]:
     """Return a task's measures, its predictions and the entries they are about.
 
@@ -35,6 +36,7 @@ def evaluate_folder(
         answers: VQA's list to rank, else the folder's; a folder without one answers freely.
         batch_size: entries per forward.
         inputs: what the model gets to see, as FinetuneConfig.inputs.
+        device: as hub.load_model_folder's.
         limit: scenes used where entries are made of scenes, 0: all.
 
     Raises:
@@ -44,7 +46,7 @@ def evaluate_folder(
     listed = answers or folder / ANSWERS
     known = read_answers(listed) if task == "vqa" and (answers or listed.is_file()) else []
     downstream = make_task(task, tokenizer, known)
-    network, model = load_model_folder(folder, downstream.network)
+    network, model = load_model_folder(folder, downstream.network, device)
     entries = downstream.checked(load_annotations(task, source, image_root, limit=limit), train=False)
     for remark in downstream.remarks(entries):
         print(remark, file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -71,10 +72,14 @@ class ExampleMaker:
         ids, _ = self.tokenizer.encode("" if self.inputs == "image" else text)
         return Example(number, torch.stack(views), ids, self.downstream.fields(entry))
 
-    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Stack examples: `image` has all first pictures, then all second ones; `number` (B,) their entries."""
+    def collate(self, examples: Sequence[Example], pad_to: int = 0) -> dict[str, Tensor]:
+        """Stack examples: `image` has all first pictures, then all second ones; `number` (B,) their entries.
+
+        Texts are padded to the longest, at least to pad_to.
+        """
         pad = self.tokenizer.vocabulary.pad
         ids = pad_sequence([torch.tensor(e.input_ids) for e in examples], batch_first=True, padding_value=pad)
+        ids = F.pad(ids, (0, max(0, pad_to - ids.shape[1])), value=pad)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(e.input_ids) for e in examples])[:, None]
         image = normalise(torch.stack([e.images for e in examples]).transpose(0, 1).flatten(0, 1))
         return {
@@ -119,8 +124,12 @@ class ExampleLoader(StreamLoader):
         super().__init__(config, dataset, len(order), rank, world_size)
 
     def collate(self, items: list[Example]) -> dict[str, Tensor]:
-        """Make a batch, with the random numbers that ITM draws its negatives by."""
-        batch = self.maker.collate(items)
+        """Make a batch, with the random numbers that ITM draws its negatives by.
+
+        Texts that are exchanged between ranks must be of one length.
+        """
+        shared = self.world_size > 1 and self.config.objectives.itm.negatives == "global"
+        batch = self.maker.collate(items, pad_to=self.config.data.max_tokens if shared else 0)
         draws = [sample_generator(self.config.train.seed + 1, example.number).random(2) for example in items]
         return {**batch, "itm_draws": torch.tensor(np.stack(draws), dtype=torch.float32)}
 

@@ -36,13 +36,14 @@ SCORES = ("itc", "itm")
 
 
 def probe_folder(
-    folder: Path, source: str, image_root: str = "", *, limit: int = 0, batch_size: int = 32
+    folder: Path, source: str, image_root: str = "", *, limit: int = 0, batch_size: int = 32, device: str = "auto"
 ) -> dict[str, float]:
     """Return the measures of a pretrained model folder on probes: a file of a format above, or scenes' shards.
 
-    limit: scenes used, 0: all. Raises ValueError: bad entries (all of them are told), a folder of another task.
+    limit: scenes used, 0: all. device: as hub.load_model_folder's. Raises ValueError: bad entries (all of them are
+    told), a folder of another task.
     """
-    model, _ = load_model_folder(folder)
+    model, _ = load_model_folder(folder, device=device)
     probes = load_probes(source, image_root, limit=limit)
     predictions = score_probes(model, SimlaProcessor.from_pretrained(folder), probes, batch_size=batch_size)
     return measures(probes.entries, predictions)

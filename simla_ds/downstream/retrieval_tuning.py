@@ -27,7 +27,8 @@ from simla_ds.teacher import Teacher
 
 def retrieval_objectives(objectives: ObjectivesConfig) -> ObjectivesConfig:
     """Return pretraining's objectives with ITC over image ids and ITM alone."""
-    off = {name: replace(getattr(objectives, name), weight=0.0) for name in ("mlm", "xmm", "psl")}
+    others = (name for name in objectives.names if name not in ("itc", "itm"))
+    off = {name: replace(getattr(objectives, name), weight=0.0) for name in others}
     return replace(objectives, **off, itc=replace(objectives.itc, positives="image"))
 
 

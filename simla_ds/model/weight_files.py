@@ -29,7 +29,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         content = load_file(file) if file.suffix == ".safetensors" else _unpickle(file)
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} cannot be read as weights: {_first_line(error)}") from error
+        raise ValueError(f"{file} cannot be read as weights: {_first_line(error)}; copy it again") from error
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

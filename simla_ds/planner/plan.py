@@ -156,7 +156,7 @@ def _with(config: Config, **train: object) -> Config:
 def _check(config: Config) -> None:
     """Refuse what the formulas do not describe, by the first setting that leaves it."""
     objectives = config.objectives
-    off = [name for name in ("itc", "itm", "mlm", "xmm", "psl") if name not in objectives.enabled]
+    off = [name for name in objectives.names if name not in objectives.enabled]
     problems = {
         f"objectives.{off[0] if off else ''}.weight 0": bool(off),
         "objectives.fidelity official": config.official,

@@ -35,9 +35,8 @@ def test_contrast_alone_has_the_whole_gradient_of_the_picture_and_none_of_fused_
 def test_without_a_visual_tokenizer_there_are_no_codes_to_count():
     config = run_config(only="itc")
     engine: Any = SimpleNamespace(device="cpu", zero_optimization_stage=lambda: 0)
-    none: Any = None
-    watch = Watch(config, engine, make_task(config), none, none, None)
+    nothing: Any = None
+    watch = Watch(config, engine, make_task(config), nothing, nothing, None)
+    batch: Any = {key: value for key, value in make_batch([3, 2]).items() if key != "visual_ids"}
     assert watch.monitor() == {}
-    assert "visual_ids" not in watch.prepare(
-        {key: value for key, value in make_batch([3, 2]).items() if key != "visual_ids"}
-    )
+    assert "visual_ids" not in watch.prepare(batch)

@@ -113,7 +113,9 @@ def identify(source: str, options: dict[str, Any], settings: Settings, rows: Ite
         digest.update(repr(row).encode("utf-8", "surrogatepass"))
         count += 1
     if not count:
-        raise ValueError(f"{source}: there is not one picture in {' '.join(map(str, options.values()))}")
+        given = {name: " ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for name, v in options.items()}
+        named = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value)
+        raise ValueError(f"{source}: there is not one picture in {named}")
     said = json.loads(json.dumps(options, default=str))  # paths as text, tuples as lists, as it will be read again
     return {
         "source": source,

@@ -127,7 +127,7 @@ def _warnings(report: dict[str, Any], tokenizer: Path | None, batch_size: int) -
     if report["looked_at_all"] and report["usable"] < batch_size:
         found.append(f"a batch of {batch_size} will hold some of the {report['usable']} usable samples twice")
     if tokenizer is None:
-        found.append("no `tokenizer` beside the shards' folder: captions were not tokenised; set data.tokenizer")
+        found.append("no `tokenizer` beside the shards' folder: captions were not tokenised; name one with --tokenizer")
     if report["samples"] - report["usable"] > MANY * samples:
         found.append(f"{report['samples'] - report['usable']:,} of {samples:,} samples will be passed over")
     if twice["keys"]:

@@ -15,7 +15,6 @@ APART = 0.18
 ALONGSIDE = 0.12
 """Widest gap between two boxes, as a share of the side, that is still "next to"."""
 
-INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PLACES = ("left", "right", "top", "bottom", "middle", "top left", "top right", "bottom left", "bottom right")
 
 

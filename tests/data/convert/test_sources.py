@@ -304,7 +304,7 @@ def test_folder_with_a_table(tmp_path, kind):
         ("coco", ["--annotations", "official.json", "--images", ".", "--split", "val"], "leave --split out"),
         ("folder", ["--images", ".", "--table", "t.csv"], "t.csv has the columns a, b; name one with --image-column"),
         ("folder", ["--images", ".", "--table", "t.xls"], "is none of .csv, .tsv, .jsonl, .parquet"),
-        ("folder", ["--images", "empty"], "not one picture"),
+        ("folder", ["--images", "empty"], "folder: there is not one picture in --images empty\n"),
         ("img2dataset", ["--shards", "nowhere"], "matches no shards"),
         ("folder", ["--images", ".", "--shard-size", "0"], "--shard-size must be at least 1"),
     ],

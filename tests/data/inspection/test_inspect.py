@@ -144,3 +144,9 @@ def test_quantiles_are_values_that_occur():
     assert quantiles({1: 50, 7: 49, 100: 1}) == {"least": 1, "5 %": 1, "median": 1, "95 %": 7, "most": 100}
     assert quantiles({5: 1}) == dict.fromkeys(("least", "5 %", "median", "95 %", "most"), 5)
     assert quantiles({}) == {}
+
+
+def test_beside_a_file_that_is_no_tar_nothing_is_left(tmp_path, capsys):
+    (tmp_path / "fake.jpg").write_bytes(b"no tar at all" * 100)
+    assert main(["inspect", str(tmp_path / "fake.jpg"), "--quiet", "--workers", "1"]) != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["fake.jpg"]
