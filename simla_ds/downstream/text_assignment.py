@@ -43,7 +43,9 @@ class AssignmentNetwork(PairNetwork):
         if isinstance(pretrained, (Simla, AssignmentNetwork)):
             copy_weights(self.image_projection, pretrained.image_projection)
 
-    def forward(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  the labels are drawn with the pictures
+        self, batch: TaskBatch
+    ) -> tuple[Tensor, Tensor]:
         """Return logits (B, 3) and labels (B,) of `image` (B, 3, S, S) and its captions; B is 2 at least."""
         image = self.image_encoder(batch["image"])
         with torch.no_grad():

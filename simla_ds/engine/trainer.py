@@ -118,7 +118,7 @@ class Trainer:
         set_learning_rate(self.engine, self._learning_rate())
         momentum = self.config.teacher_momentum(self.global_batch)
         for batch in batches:
-            batch = self.watch.prepare(batch)  # one micro-batch on the device at a time
+            self.last_batch = batch = self.watch.prepare(batch)  # one micro-batch on the device at a time
             if self.config.official:  # as published: the teacher moves before it is asked, at every forward
                 self.teacher.update(momentum)
             outputs = self.engine(batch, alpha=self.alpha, step=self.step)
@@ -136,7 +136,6 @@ class Trainer:
                 self.teacher.update(momentum)
         else:
             self._skip(bad)
-        self.last_batch = batch
         self.step += 1
 
     def _skip(self, bad: list[str]) -> None:
