@@ -184,7 +184,8 @@ def _with_vocabulary(config: FinetuneConfig) -> FinetuneConfig:
 
 def _network(downstream: Downstream, config: FinetuneConfig, pretrained: Network | None) -> Network:
     """Return the task's network, started from a pretrained one where there is one."""
-    if type(pretrained) is downstream.network:  # not a subclass: text assignment's network is NLVR2's with another head
+    # not a subclass: text assignment's network is NLVR2's with another head
+    if pretrained is not None and type(pretrained) is downstream.network:
         return pretrained
     network = downstream.network(config.model)
     if pretrained is not None and isinstance(network, TaskNetwork):

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simla_ds.config import InitConfig
 from simla_ds.data.text import TextTokenizer, train_tokenizer
-from simla_ds.downstream.config import FinetuneConfig
+from simla_ds.downstream.config import FinetuneConfig, FinetuneInit
 from simla_ds.downstream.nlvr2 import Nlvr2, PairNetwork
 from simla_ds.downstream.text_assignment import AssignmentNetwork, TextAssignment, assign
 from simla_ds.engine import finetune
@@ -104,7 +103,7 @@ def test_an_nlvr2_run_takes_its_folder_and_has_a_head_of_its_own(tmp_path):
     vocabulary = replace(TextTokenizer(tmp_path / "tokenizer").vocabulary, visual_size=20)
     network = AssignmentNetwork(replace(model_config(), vocabulary=vocabulary))
     save_model_folder(network, tmp_path / "model", tmp_path / "tokenizer")
-    config = FinetuneConfig(task="nlvr2", init=InitConfig(checkpoint=str(tmp_path / "model")))
+    config = FinetuneConfig(task="nlvr2", init=FinetuneInit(checkpoint=str(tmp_path / "model")))
     config, pretrained = finetune._with_pretrained(config, Ranks(0, 0, 1, torch.device("cpu")))
     started = finetune._network(Nlvr2(), config, pretrained)
     assert type(started) is PairNetwork
