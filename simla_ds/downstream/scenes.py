@@ -26,10 +26,12 @@ AXES = {"left of": ("left of", "right of"), "above": ("above", "below")}
 def scene_annotations(task: str, shards: str, *, limit: int = 0, seed: int = 0) -> Annotations:
     """Make a task's entries out of scenes' shards (as data.train); the same arguments give the same entries.
 
-    limit: scenes used, 0: all. Raises ValueError when the shards hold no scenes.
+    limit: scenes used, 0: all. Raises ValueError when the shards hold no scenes, or too few to ask about.
     """
     scenes, pictures = read_scenes(shards, limit)
     entries = list(MAKERS[task](scenes, Random(f"{seed}/{task}")))
+    if not entries:
+        raise ValueError(f"{len(scenes)} scenes of {shards} make no example for {task}; give 24 or more")
     return Annotations(f"{task} on {len(scenes)} scenes of {shards}", entries, pictures)
 
 

@@ -43,9 +43,7 @@ class AssignmentNetwork(PairNetwork):
         if isinstance(pretrained, (Simla, AssignmentNetwork)):
             copy_weights(self.image_projection, pretrained.image_projection)
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  the labels are drawn with the pictures
-        self, batch: TaskBatch
-    ) -> tuple[Tensor, Tensor]:
+    def assigned(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Return logits (B, 3) and labels (B,) of `image` (B, 3, S, S) and its captions; B is 2 at least."""
         image = self.image_encoder(batch["image"])
         with torch.no_grad():
@@ -116,11 +114,11 @@ class TextAssignment(SupervisedTask):
 
     def loss(self, student: AssignmentNetwork, teacher: AssignmentNetwork, batch: TaskBatch, alpha: float) -> Tensor:
         """Return the mean cross-entropy; there are no soft targets."""
-        return F.cross_entropy(*student(batch))
+        return F.cross_entropy(*student.assigned(batch))
 
     def predict(self, network: AssignmentNetwork, batch: TaskBatch) -> list[dict[str, Any]]:
         """Return the likeliest class and the drawn one."""
-        logits, labels = network(batch)
+        logits, labels = network.assigned(batch)
         said = zip(logits.argmax(-1).tolist(), labels.tolist(), strict=True)
         return [{"label": label, "drawn": drawn} for label, drawn in said]
 

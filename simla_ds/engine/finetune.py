@@ -184,8 +184,9 @@ def _with_vocabulary(config: FinetuneConfig) -> FinetuneConfig:
 
 def _network(downstream: Downstream, config: FinetuneConfig, pretrained: Network | None) -> Network:
     """Return the task's network, started from a pretrained one where there is one."""
+    # not a subclass: text assignment's network is NLVR2's with another head
     if pretrained is not None and type(pretrained) is downstream.network:
-        return pretrained  # no subclass: text assignment's network is NLVR2's with another head
+        return pretrained
     network = downstream.network(config.model)
     if pretrained is not None and isinstance(network, TaskNetwork):
         network.start_from(pretrained)

@@ -172,3 +172,8 @@ def test_shards_that_are_no_scenes_are_refused(tmp_path):
     write_shards([("a", {"jpg": b"x", "json": b'{"caption": "a dog"}'})], tmp_path, 10)
     with pytest.raises(ValueError, match="sample a is no scene"):
         scene_annotations("vqa", str(tmp_path))
+
+
+def test_too_few_scenes_to_ask_about_are_refused_with_their_number(scenes):
+    with pytest.raises(ValueError, match=r"2 scenes of .* make no example for vqa; give 24 or more"):
+        scene_annotations("vqa", str(scenes / "train"), limit=2)

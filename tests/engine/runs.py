@@ -13,15 +13,15 @@ MODEL += ["--model.stream.width", "32", "--model.stream.layers", "2", "--model.s
 MODEL += ["--model.stream.intermediate_size", "64"]
 
 
-def scenes(folder: Path) -> Path:
-    """Prepare 64 training and 8 held-out scenes; return the folder of the training shards."""
+def scenes(folder: Path, val: int = 8) -> Path:
+    """Prepare 64 training and some held-out scenes; return the folder of the training shards."""
     prepare_scenes(
         folder / "scenes",
         train=64,
         shard_size=20,
         codebook_size=16,
         vocabulary_size=300,
-        splits={"val": 8},
+        splits={"val": val},
         workers=1,
         progress=False,
     )

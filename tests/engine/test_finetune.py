@@ -17,7 +17,7 @@ SCRIPT = ROOT / "launch/finetune.py"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return scenes(tmp_path_factory.mktemp("data"))
+    return scenes(tmp_path_factory.mktemp("data"), val=24)  # fewer make no question
 
 
 def finetune(*arguments, data, output, task="vqa", stage=2, ranks=2):
