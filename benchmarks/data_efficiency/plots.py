@@ -53,7 +53,7 @@ def draw_needed(
         if min(len(curves[first]), len(curves[second])) > 1:
             scores = [[score for _, score in curves[group]] for group in (first, second)]
             low, high = max(min(of) for of in scores), min(max(of) for of in scores)
-            targets = [low + (high - low) * step / 50 for step in range(51)] if high > low else []
+            targets = [min(high, low + (high - low) * step / 50) for step in range(51)] if high > low else []
             ratios = [(t, _needed(curves[first], t) / _needed(curves[second], t)) for t in targets]
         if ratios:
             axis.plot([t for t, _ in ratios], [r for _, r in ratios], label=f"{first} / {second}")

@@ -10,6 +10,7 @@ import yaml
 from benchmarks.data_efficiency.command import main
 from benchmarks.data_efficiency.grid import read_grid
 from benchmarks.data_efficiency.page import HEADLINES
+from benchmarks.data_efficiency.plots import draw_needed
 
 GRID = {
     "name": "made-up",
@@ -108,6 +109,14 @@ def test_a_row_of_other_code_is_left_out_and_said(files: tuple[Path, Path]):
     said = report(file, folder)
     assert "1 row(s) of configuration" in said
     assert "| simla | 10.2 ± 0.2 (2 of 3) | 28.5 ± 0.3 |" in said
+
+
+def test_pairs_needed_are_drawn_up_to_the_highest_score_whatever_its_rounding(tmp_path: Path):
+    low, high = 9.1, 31.8
+    assert low + (high - low) > high
+    curves = {"a": [(10, low), (100, high)], "b": [(10, 0.1), (100, 40.0)]}
+    assert draw_needed(curves, [("a", "b"), ("b", "a")], "score", tmp_path) == ["pairs_needed.png"]
+    assert draw_needed({**curves, "b": [(10, 50.0), (100, 60.0)]}, [("a", "b")], "score", tmp_path) == []
 
 
 def test_without_a_finished_row_there_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
