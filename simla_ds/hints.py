@@ -73,8 +73,9 @@ def nearest(key: str, keys: Sequence[str]) -> str | None:
 
 
 def is_group(options: Sequence[str], keys: Sequence[str]) -> bool:
-    """Whether an option is that of a group of keys, such as --train."""
-    return any(key.startswith(f"{option[2:]}.") for option in options for key in keys)
+    """Whether an option is that of a group of keys, such as --train (and not a mapping, which has only .help below)."""
+    below = [key for option in options for key in keys if key.startswith(f"{option[2:]}.")]
+    return any(not key.endswith(".help") for key in below)
 
 
 def _may_be_meant(known: str, given: str) -> bool:

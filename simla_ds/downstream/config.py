@@ -18,7 +18,7 @@ from simla_ds.config import (
 
 TaskName = Literal["retrieval", "grounding", "vqa", "nlvr2", "snli_ve", "text_assignment"]
 FORMATS = """annotations, a JSON list of objects; paths start at the picture root:
-  retrieval  {"image": path, "caption": [text, ...]}
+  retrieval  {"image": path, "caption": [text, ...]}; text_assignment takes the same
   grounding  {"image": path, "text": expression, "box": [x, y, w, h], "size": [width, height], "proposals": optional
               list of boxes, "split": optional name}
   vqa        {"image": path, "question": text, "question_id": number, "answer": [ten texts] or text or left out}

@@ -19,7 +19,7 @@ def test_the_formula_counts_what_the_counter_counts(name: str):
 
 def test_every_setting_changes_what_it_names():
     for setting in SETTINGS:
-        assert len({configured(setting.name, value) for value in setting.values}) == len(setting.values)
+        assert len({repr(configured(setting.name, value)) for value in setting.values}) == len(setting.values)
 
 
 def test_a_newer_card_is_forecast_faster():

@@ -79,6 +79,7 @@ def test_two_nodes_train_as_one_run(tmp_path, data):
     assert (run / "final" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_lost_rank_comes_back_by_itself(tmp_path, data):
     """torchrun is the supervisor: SIGKILL to a rank, a second start, and the run goes on to its end."""
     run, log, steps = tmp_path / "run", tmp_path / "log", 24

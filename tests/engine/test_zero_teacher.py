@@ -107,6 +107,7 @@ def check_temperature(report: dict[str, Any]) -> None:
         assert max(temperature[where]) <= high * (1 + relative), where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", TRAINED)
 def test_the_teacher_follows_the_fp32_weights_for_200_steps(two_hundred_steps, layout):
     report = two_hundred_steps[layout]
@@ -116,12 +117,14 @@ def test_the_teacher_follows_the_fp32_weights_for_200_steps(two_hundred_steps, l
     check_source(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_feeding_the_teacher_bf16_weights_fails(two_hundred_steps, stage):
     with pytest.raises(AssertionError):
         check_teacher(two_hundred_steps[f"{stage}:bf16"], "fed_by_forward_weights")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", TRAINED)
 def test_the_temperature_stays_inside_its_bounds(two_hundred_steps, layout):
     check_temperature(two_hundred_steps[layout])

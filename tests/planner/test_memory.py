@@ -57,6 +57,7 @@ def test_every_saving_saves():
 
 @pytest.mark.launcher
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_the_real_trainer_holds_what_is_planned(tmp_path):
     """At the stage that splits everything; weights, optimizer, teacher and activations weigh about the same."""
     train = scenes(tmp_path)

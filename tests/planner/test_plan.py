@@ -133,7 +133,7 @@ def test_the_command_prints_numbers_of_one_file(capsys, monkeypatch, project_roo
     ("more", "words"),
     [
         (["--train.batchsize", "3"], "did you mean --train.batch_size"),
-        (["--cards", "0"], "must be 1 or more"),
+        (["--cards", "0"], "must be a whole number above 0"),
         (["--utilisation", "1.5"], "at most 1"),
         (["--deepspeed", "README.md"], "README.md is not JSON"),
         (["--deepspeed", "nothing.json"], "nothing.json"),

@@ -52,6 +52,7 @@ class Folder:
         return {row["cell"]: row for row in found}
 
 
+@pytest.mark.slow
 def test_a_cell_is_trained_by_the_launcher_measured_and_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
