@@ -240,7 +240,7 @@ def test_auto_takes_a_card_where_there_is_one(monkeypatch, card, device):
             hub._device("cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+@pytest.mark.gpu
 def test_a_network_is_loaded_onto_the_card(folder):
     model, _ = load_model_folder(folder, device="auto")
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from simla_ds.cli import main
@@ -46,7 +45,7 @@ def test_the_device_is_the_one_asked_for(folder, capsys, monkeypatch, device):
     assert ("no CUDA card" in capsys.readouterr().err) == (device == "cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+@pytest.mark.gpu
 def test_a_card_draws_the_same_map(folder):
     paths = folder / "model", folder / "picture.jpg", "a red dog"
     on_card, on_cpu = (visualize(*paths, folder / f"{d}.png", device=d) for d in ("cuda", "cpu"))
