@@ -80,7 +80,8 @@ def _arguments(case: Case, scenes: Path, folder: Path) -> list[str]:
 
 def table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield Markdown lines: planned and measured, in MB."""
-    yield "| case | M parameters | precision | layout | ranks | from step to step: plan / measured | ratio | peak: plan / measured | ratio | peak RSS |"  # noqa: E501
+    what = ["from step to step: plan / measured", "ratio", "peak: plan / measured", "ratio", "peak RSS"]
+    yield "| " + " | ".join(["case", "M parameters", "precision", "layout", "ranks", *what]) + " |"
     yield "|" + "---|" * 10
     for one in found:
         cells = [one["case"], f"{one['parameters'] / 1e6:.1f}", one["precision"], one["zero"], str(one["ranks"])]

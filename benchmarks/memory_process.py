@@ -44,7 +44,8 @@ class Allocations:
 
     def __exit__(self, *error: Any) -> None:
         self._profile.__exit__(*error)
-        events = list(_walk(self._profile.profiler.kineto_results.experimental_event_tree()))  # pyright: ignore[reportOptionalMemberAccess]
+        profiler: Any = self._profile.profiler  # what a profile that has ended holds; its type says it may hold none
+        events = list(_walk(profiler.kineto_results.experimental_event_tree()))
         sizes = sorted(
             (e.start_time_ns, e.extra_fields.total_allocated, e.extra_fields.alloc_size)
             for e in events

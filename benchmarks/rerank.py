@@ -136,7 +136,7 @@ def print_growth(pictures: int, rerank: int) -> None:
     base = SIZES["full"].model
     config = changed(base, vision__image_size=384, vision__layers=1, stream__layers=1, stream__max_positions=600)
     model = Simla(config).eval()
-    model.image_encoder = MadeUpTokens(config)  # pyright: ignore[reportAttributeAccessIssue]
+    model.image_encoder = MadeUpTokens(config)  # pyright: ignore[reportAttributeAccessIssue]  a stand-in
     retrieve(model, made_up_batches(config, 20), rerank=2)  # what libraries keep
     restart_peak()
     before = memory_mib("VmRSS")

@@ -233,7 +233,7 @@ class Flava(Contender):
             attention_mask=mask,
             bool_masked_pos=batch["patch_mask"],
             mlm_labels=labels.view_as(batch["input_ids"]),
-            mim_labels=batch["visual_ids"].clone(),  # pyright: ignore[reportTypedDictNotRequiredAccess]
+            mim_labels=batch["visual_ids"].clone(),  # pyright: ignore[reportTypedDictNotRequiredAccess]  XMM is on
             itm_labels=torch.ones(len(mask), dtype=torch.int64, device=mask.device),
             skip_unmasked_multimodal_encoder=True,
             return_loss=True,

@@ -76,7 +76,7 @@ class ShardCache:
     def _new_index(self, url: str, kept: Path) -> Shard:
         """The index beside the shard where there is one, or else made from the shard."""
         if not url.startswith("pipe:"):
-            with contextlib.suppress(FileNotFoundError, PermissionError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # most shards have none: it is made below
                 self._retry(lambda: _download(f"{url}.index.npz", kept))
                 if found := load_index(str(kept), url):
                     return found
@@ -128,7 +128,7 @@ class ShardCache:
         with _locked(self.folder / "eviction.lock"):
             copies = []
             for path in self.folder.glob("*.tar"):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError):  # another process put it out
                     copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
             surplus = sum(size for _, size, _ in copies) - self.limit
             for _, size, path in sorted(copies):
@@ -145,7 +145,7 @@ def listing(url: str) -> list[str]:
     pattern = path if any(letter in path for letter in "*?[") else f"{path.rstrip('/')}/*.tar"
     try:
         return [system.unstrip_protocol(found) for found in sorted(system.glob(pattern))]
-    except Exception as error:
+    except Exception as error:  # of whichever library is below
         raise OSError(f"{url} cannot be listed: {' '.join(str(error).split())}") from error
 
 
