@@ -87,6 +87,8 @@ class Grid:
     launch: Launch = Launch()
     data: Data
     measure: Measure = Measure()
+    sets: Mapping[str, Settings] = field(default_factory=dict)
+    """Changes to the configuration that a set of SETS was found to need, such as its own learning rate."""
     variants: Mapping[str, Settings] = field(default_factory=dict)
     """Changes to the configuration, by name."""
     cells: Sequence[Mapping[str, Any]]
@@ -95,6 +97,7 @@ class Grid:
     """Pairs of groups (set or set.variant) that the report compares."""
 
     def __post_init__(self):
+        _among(self.sets, SETS, "sets")
         for number, block in enumerate(self.cells):
             where = f"cells[{number}]"
             _only(block, ("objectives", "variants", "fractions", "seeds"), where)
@@ -144,9 +147,8 @@ class Grid:
 
     def settings(self, cell: Cell) -> Settings:
         """Return the recipe of a cell, without paths and without what depends on the number of its pairs."""
-        return merged(
-            self.config, self.variants.get(cell.variant, {}), SETS[cell.objectives][1], {"train": {"seed": cell.seed}}
-        )
+        tuned, variant = self.sets.get(cell.objectives, {}), self.variants.get(cell.variant, {})
+        return merged(self.config, tuned, variant, SETS[cell.objectives][1], {"train": {"seed": cell.seed}})
 
     def smoke(self) -> Grid:
         """Return the same sets and variants, each trained for a few steps on a few pairs: does everything run?"""

@@ -63,6 +63,18 @@ def test_rows_stay_comparable_when_cells_are_added_and_not_when_the_shared_confi
     assert one.shared_hash != replace(one, data=Data(scenes={"train": 21})).shared_hash
 
 
+def test_what_a_set_was_tuned_to_is_its_own_and_a_variant_has_the_last_word():
+    slow, fast = {"optim": {"learning_rate": 0.1}}, {"optim": {"learning_rate": 0.4}}
+    tuned = grid(config={"optim": {"learning_rate": 0.2}}, sets={"simla": fast}, variants={"slow": slow})
+    rates = [
+        tuned.settings(Cell(*cell))["optim"]["learning_rate"]
+        for cell in (("itc", 1.0, 0), ("simla", 1.0, 0), ("simla", 1.0, 0, "slow"))
+    ]
+    assert rates == [0.2, 0.4, 0.1]
+    with pytest.raises(ValueError, match="sets: unknown 'clip'; the choices are albef"):
+        grid(sets={"clip": fast})
+
+
 @pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
 def test_every_cell_of_the_grids_that_are_shipped_is_a_configuration_that_trains(file: Path, tmp_path: Path):
     shipped, enabled = read_grid(file), {}
