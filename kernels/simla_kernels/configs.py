@@ -34,7 +34,7 @@ CONFIGS: dict[tuple[str, str], LaunchConfig] = {
     ("cross_attention.dq", "fp32 d128 short"): LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8),
     ("cross_attention.dq", "fp32 d128 long"): LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8),
     ("cross_attention.dkdv", "half d64 short"): LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8),
-    ("cross_attention.dkdv", "half d64 long"): LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4),
+    ("cross_attention.dkdv", "half d64 long"): LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8),
     ("cross_attention.dkdv", "half d128 short"): LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=8),
     ("cross_attention.dkdv", "half d128 long"): LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=8),
     ("cross_attention.dkdv", "fp32 d64 short"): LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4),
@@ -58,6 +58,7 @@ CONFIGS: dict[tuple[str, str], LaunchConfig] = {
 
 OVERRIDES: dict[tuple[str, str, str], LaunchConfig] = {
     ("cross_attention.forward", "half d128 long", "sm_80"): LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4),
+    ("cross_attention.dq", "half d128 long", "sm_90"): LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8),
     # as many threads as leave each of them 128 bits of a row: gfx942's warps are twice as wide
     ("layer_norm.backward", "narrow", "gfx942"): LaunchConfig({"BLOCK_ROWS": 16}, num_warps=4),
     ("layer_norm.backward", "medium", "gfx942"): LaunchConfig({"BLOCK_ROWS": 1}, num_warps=2),
