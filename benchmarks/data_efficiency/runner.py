@@ -63,7 +63,7 @@ class Runner:
 
     def _run(self, planned: Planned) -> str:
         """Run one cell; return its state. A cell that fails gets a row that says so."""
-        log = planned.folder.with_suffix(".log")
+        log = planned.folder.with_name(f"{planned.folder.name}.log")  # a variant has a dot in its name
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "benchmarks", "data_efficiency", *self.arguments, "--cell", planned.cell.name]
         started = time.monotonic()
