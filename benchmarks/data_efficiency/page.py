@@ -207,18 +207,22 @@ def write_report(grid: Grid, folder: Path, code: str) -> int:
         report.sentences(),
         report.tables(),
     )
-    notes = (
-        f"Mean ± standard error over seeds. Differences are paired by seed, with {CONFIDENCE:.0%} intervals (Student's "
-        f"t), not corrected for the {len(sentences)} comparisons. Detectable: the smallest true difference that would "
-        f"have been found significant with a power of {POWER:.0%}."
-    )
-    markdown = [f"# {title}", grid.about, _list(state, "- {}"), notes, MEASURES_SAID, "## Differences"]
-    markdown += [_list(sentences, "- {}") or "None yet.", *(table.markdown() for table in tables)]
+    notes = "Mean ± standard error over seeds."
+    if sentences:
+        notes += (
+            f" Differences are paired by seed, with {CONFIDENCE:.0%} intervals (Student's t), not corrected for the "
+            f"{len(sentences)} comparisons. Detectable: the smallest true difference that would have been found "
+            f"significant with a power of {POWER:.0%}."
+        )
+    markdown = [f"# {title}", grid.about, _list(state, "- {}"), notes, MEASURES_SAID]
+    markdown += ["## Differences", _list(sentences, "- {}")] if sentences else []
+    markdown += [table.markdown() for table in tables]
     markdown += [_list(pictures, "![{0}]({0})")]
     (folder / "report.md").write_text("\n\n".join(part for part in markdown if part) + "\n", encoding="utf-8")
     body = [f"<h1>{html.escape(title)}</h1><p>{html.escape(grid.about)}</p>", _items(state)]
     body += [f"<p>{html.escape(notes)}</p><p>{html.escape(MEASURES_SAID)}</p>"]
-    body += [_list(pictures, '<img src="{0}" alt="{0}">'), "<h2>Differences</h2>", _items(sentences)]
+    body += [_list(pictures, '<img src="{0}" alt="{0}">')]
+    body += ["<h2>Differences</h2>", _items(sentences)] if sentences else []
     body += [table.page() for table in tables]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     (folder / "report.html").write_text(
