@@ -130,6 +130,8 @@ def evaluate_retrieval(arguments: argparse.Namespace) -> int:
     processor = SimlaProcessor.from_pretrained(folder)
     protocol = PROTOCOLS[arguments.protocol] if arguments.protocol else None
     processor.image_size = (protocol and protocol.image_size) or processor.image_size
+    tokenizer = processor.tokenizer
+    tokenizer.max_tokens = (protocol and protocol.max_tokens) or tokenizer.max_tokens
     if arguments.annotations:
         root = arguments.image_root or arguments.annotations.parent
         found = read_annotations(arguments.annotations, root)
@@ -142,13 +144,17 @@ def evaluate_retrieval(arguments: argparse.Namespace) -> int:
             model=replace(config, vision=vision, stream=stream), data=DataConfig(max_words=processor.max_words)
         )
         pictures = sum(len(open_shard(path)) for path in find_shards(arguments.data)) if protocol else 0
-        batches = (batch for batch, _ in eval_batches(settings, arguments.data, processor.tokenizer, 0))
+        batches = (batch for batch, _ in eval_batches(settings, arguments.data, tokenizer, 0))
     rerank = protocol.candidates(pictures) if protocol else arguments.rerank
-    print(f"protocol {arguments.protocol or 'of your own'}: ITM orders {rerank} candidates, {processor.image_size} px")
+    print(
+        f"protocol {arguments.protocol or 'of your own'}: ITM orders {rerank} candidates, {processor.image_size} px, "
+        f"{tokenizer.max_tokens} tokens"
+    )
     result = retrieve(model, batches, rerank=rerank, progress=sys.stderr.isatty())
     print(retrieval_table(result))
     if arguments.json:
         how = {"protocol": arguments.protocol, "rerank": rerank, "image_size": processor.image_size}
+        how["max_tokens"] = tokenizer.max_tokens
         arguments.json.write_text(json.dumps({**result.measures(), **how}, indent=1) + "\n", encoding="utf-8")
     return 0
 

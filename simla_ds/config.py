@@ -361,7 +361,7 @@ class DataConfig:
     """Tokens kept of a caption, [CLS] and [SEP] included."""
     crop_scale: tuple[float, float] = (0.8, 1.0)
     """Area of the random resized crop, as a share of the picture ((0.2, 1.0) in the paper). Scenes' captions name
-    things near the border, which a small crop would cut off."""
+    things near the border, which a small crop would cut off. (1.0, 1.0): the whole picture, whatever its aspect."""
     flip: float = 0.5
     """Chance of a horizontal flip; never for captions that say left or right."""
     augment_ops: int = 0

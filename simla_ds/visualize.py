@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from simla_ds.data.processor import SimlaProcessor
+from simla_ds.data.sample import read_picture
 from simla_ds.downstream.grounding import heat_maps, upsample
 from simla_ds.hub import load_model_folder
 
@@ -35,7 +36,7 @@ def visualize(folder: Path, image: Path, text: str, out: Path, layer: int | None
     with torch.no_grad():
         fused, _ = model.text_over_image(batch["input_ids"], batch["text_mask"], model.image_encoder(batch["image"]))
         probability = float(model.match_head(fused[:, 0]).float().softmax(-1)[0, 1])
-    picture = Image.open(image).convert("RGB")
+    picture = read_picture({"png": image.read_bytes()})  # as the model saw it: upright
     scale = max(1.0, SHOWN_SIDE / max(picture.size))
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     sheet = Image.new("RGB", (2 * picture.width, picture.height))

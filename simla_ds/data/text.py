@@ -129,7 +129,6 @@ class TextTokenizer:
         self.max_tokens = max_tokens
         self._words_only = _without_special_tokens(full, {pad, unk, cls, sep, mask})
         self._never = {pad, cls, sep, mask}
-        self._room = max_tokens - 1 - add_sep
 
     def encode(self, caption: str) -> tuple[list[int], list[int]]:
         """Return token ids and, per token, the number of its word in the caption (-1 at [CLS] and [SEP]).
@@ -140,8 +139,9 @@ class TextTokenizer:
             encoding = self._words_only.encode(caption, add_special_tokens=False)
         except TypeError:  # tokenizers refuses a lone surrogate, which json.loads lets through
             encoding = self._words_only.encode(_valid_unicode(caption), add_special_tokens=False)
-        ids = encoding.ids[: self._room]
-        words = [-1 if word is None else word for word in encoding.word_ids[: self._room]]
+        room = self.max_tokens - 1 - self.vocabulary.add_sep
+        ids = encoding.ids[:room]
+        words = [-1 if word is None else word for word in encoding.word_ids[:room]]
         if not self._never.isdisjoint(ids):  # a splitter that keeps brackets can find "[SEP]" in the vocabulary
             ids = [self.vocabulary.unk if id in self._never else id for id in ids]
         if self.vocabulary.add_sep:

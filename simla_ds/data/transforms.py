@@ -168,9 +168,12 @@ def draw_crop(
     """A crop as torchvision's RandomResizedCrop draws it: area uniform in scale, aspect log-uniform in 3/4 to 4/3,
     corners at whole pixels.
 
-    Returns shares of the sides. After ten draws that don't fit: the largest central crop with an aspect in range.
+    Returns shares of the sides. After ten draws that don't fit: the largest central crop with an aspect in range; where
+    scale is (1, 1) the whole picture, whatever its aspect.
     """
     draws = rng.random((10, 4))
+    if scale[0] == 1:
+        return WHOLE.box
     areas = width * height * (scale[0] + (scale[1] - scale[0]) * draws[:, 0])
     aspects = np.exp(math.log(_MIN_ASPECT) + math.log(_MAX_ASPECT / _MIN_ASPECT) * draws[:, 1])
     widths, heights = np.rint(np.sqrt(areas * aspects)), np.rint(np.sqrt(areas / aspects))

@@ -59,6 +59,10 @@ class Downstream(ABC):
     def text(self, entry: Entry) -> str:
         """Return its cleaned text."""
 
+    def said(self, entry: Entry) -> str:
+        """Return all that is said of its pictures: they are not flipped where that has a left or a right."""
+        return self.text(entry)
+
     @abstractmethod
     def fields(self, entry: Entry) -> dict[str, Any]:
         """Return what collate makes labels of, as plain values."""

@@ -62,13 +62,13 @@ class ExampleMaker:
     def make(self, annotations: Annotations, number: int, rng: np.random.Generator) -> Example:
         """Read and transform one entry. Raises SkipSample."""
         entry = annotations.entries[number]
-        text, views = self.downstream.text(entry), []
+        text, said, views = self.downstream.text(entry), self.downstream.said(entry), []
         for name in self.downstream.pictures(entry):
             try:
                 picture = open_picture(picture_bytes(annotations.pictures.members(name)))
             except OSError:
                 raise SkipSample("picture unreadable") from None
-            views.append(torch.from_numpy(self.transform(picture, text, rng)[0]))
+            views.append(torch.from_numpy(self.transform(picture, said, rng)[0]))
         ids, _ = self.tokenizer.encode("" if self.inputs == "image" else text)
         return Example(number, torch.stack(views), ids, self.downstream.fields(entry))
 

@@ -154,9 +154,10 @@ class Grounding(Retrieval):
         the hot region overlaps it by half; `proposal_iou50`, the best proposal does, where there are proposals.
 
         Each also by split. Beside them what guessing gives: `centre` points at the middle of every picture, `random`
-        anywhere; `proposal_random` takes any proposal.
+        anywhere; `proposal_random` takes any proposal. Where others have proposals, an expression without any is wrong.
         """
         sums: dict[str, list[float]] = {}
+        proposed = any(entries[said["entry"]].get("proposals") for said in predictions)
         for said in predictions:
             entry = entries[said["entry"]]
             width, height = (int(value) for value in entry["size"])
@@ -168,10 +169,12 @@ class Grounding(Retrieval):
                 "centre": _inside(width / 2, height / 2, box),
                 "random": box[2] * box[3] / (width * height),
             }
-            if entry.get("proposals"):
-                overlaps = [iou(proposal, box) >= 0.5 for proposal in entry["proposals"]]
-                found["proposal_iou50"] = overlaps[rank_proposals(heat, entry["proposals"])]
+            if proposals := entry.get("proposals"):
+                overlaps = [iou(proposal, box) >= 0.5 for proposal in proposals]
+                found["proposal_iou50"] = overlaps[rank_proposals(heat, proposals)]
                 found["proposal_random"] = sum(overlaps) / len(overlaps)
+            elif proposed:
+                found |= {"proposal_iou50": False, "proposal_random": 0.0}
             for name, value in found.items():
                 for key in (name, f"{name}/{entry['split']}") if "split" in entry else (name,):
                     sums.setdefault(key, []).append(float(value))

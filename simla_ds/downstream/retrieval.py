@@ -36,19 +36,21 @@ class Protocol:
     """The same among more than MANY pictures."""
     image_size: int | None
     """Side of the pictures in pixels; None: as the model was trained."""
+    max_tokens: int | None
+    """Tokens of a caption that are read; None: as the model was trained."""
 
     def candidates(self, pictures: int) -> int:
         """Return how many candidates ITM orders among so many pictures."""
         return self.rerank_many if pictures > MANY else self.rerank
 
 
-MANY = 1_000
-"""Pictures of Flickr30k's test split; COCO's have 5,000."""
+MANY = 2_000
+"""Flickr30k's splits have 1,000 and 1,014 pictures, COCO's 5,000."""
 PROTOCOLS = {
-    "official": Protocol(rerank=128, rerank_many=256, image_size=384),
-    "fast": Protocol(rerank=16, rerank_many=16, image_size=None),
+    "official": Protocol(rerank=128, rerank_many=256, image_size=384, max_tokens=30),
+    "fast": Protocol(rerank=16, rerank_many=16, image_size=None, max_tokens=None),
 }
-"""`official`: the published k_test and resolution. `fast`: what training watches itself by."""
+"""`official`: the published k_test, resolution and length of captions. `fast`: what training watches itself by."""
 
 
 @dataclass(frozen=True)

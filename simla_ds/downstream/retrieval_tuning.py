@@ -86,23 +86,38 @@ class Retrieval(Downstream):
         return PretrainTask(model, teacher, FeatureQueue(size, width), config)
 
     def predictions(self, network: Simla, batches: Iterable[TaskBatch]) -> list[dict[str, Any]]:
-        """Return the rank, 0 is best, of what each query looks for: first of all pictures, then of all captions."""
-        rankings = retrieve(network, batches, rerank=self.rerank).rankings
+        """Return the rank, 0 is best, of what each query looks for: first of all pictures, then of all captions.
+
+        The entry of a picture is its first caption's.
+        """
+        captions: list[int] = []
+        pictures: dict[int, int] = {}
+
+        def noted() -> Iterator[TaskBatch]:
+            for batch in batches:
+                numbers = batch["number"].tolist()
+                captions.extend(numbers)
+                for image, number in zip(batch["image_id"].tolist(), numbers, strict=True):
+                    pictures.setdefault(image, number)
+                yield batch
+
+        rankings = retrieve(network, noted(), rerank=self.rerank).rankings
         scored = "itm" if self.rerank else "itc"
         return [
-            {"entry": number, "direction": direction, "rank": rank}
-            for direction in DIRECTIONS
-            for number, rank in enumerate(rankings[f"{scored}/{direction}"].rank.tolist())
+            {"entry": entry, "direction": direction, "rank": rank}
+            for direction, entries in zip(DIRECTIONS, (pictures.values(), captions), strict=True)
+            for entry, rank in zip(entries, rankings[f"{scored}/{direction}"].rank.tolist(), strict=True)
         ]
 
     def measures(self, entries: Sequence[Entry], predictions: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Return recall at 1, 5 and 10 in percent under the published names, their means, and `r_mean` of those."""
         found: dict[str, float] = {}
+        ranks: list[int] = []
         for direction, name in zip(DIRECTIONS, ("txt", "img"), strict=True):
             ranks = [p["rank"] for p in predictions if p["direction"] == direction]
             recall = {f"{name}_r{k}": 100 * sum(rank < k for rank in ranks) / len(ranks) for k in RECALL_AT}
             found |= {**recall, f"{name}_r_mean": sum(recall.values()) / len(recall)}
-        return {**found, "r_mean": (found["txt_r_mean"] + found["img_r_mean"]) / 2, "captions": len(entries)}
+        return {**found, "r_mean": (found["txt_r_mean"] + found["img_r_mean"]) / 2, "captions": len(ranks)}
 
 
 def _captions(entry: Entry) -> list[Any]:

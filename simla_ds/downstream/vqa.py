@@ -111,9 +111,9 @@ class Vqa(SupervisedTask):
             self.answer_ids, self.answer_mask = self._padded([self._encoded(answer) for answer in self.answers])
 
     def problems(self, entry: Entry, *, train: bool) -> Iterator[str]:
-        """A picture, a question, its id; and answers to learn from."""
+        """A picture, a question; answers to learn from, or in an evaluation the question's id."""
         yield from wrong_text(entry, "image", "question")
-        if not isinstance(entry.get("question_id"), int):
+        if not isinstance(entry.get("question_id", 0 if train else None), int):  # Visual Genome's have none
             yield "key 'question_id' must hold a number"
         if train or "answer" in entry:
             answers = given_answers(entry)
@@ -128,12 +128,18 @@ class Vqa(SupervisedTask):
         """Return the question, cleaned."""
         return clean_question(entry["question"], MAX_WORDS)
 
+    def said(self, entry: Entry) -> str:
+        """Return the question and its answers: "left" may be one."""
+        return " ".join([entry["question"], *(given_answers(entry) if "answer" in entry else ())])
+
     def identity(self, entry: Entry) -> Hashable | None:
-        """Return the question's id."""
-        return entry["question_id"]
+        """Return the question's id, which is its data set's own."""
+        return (entry.get("dataset"), entry["question_id"]) if "question_id" in entry else None
 
     def remarks(self, annotations: Annotations) -> list[str]:
         """Say which answers of the list are one and the same to the tokenizer, as unknown words are."""
+        if not self.answers:
+            return ["answers are written freely; published numbers rank a list of them: --answers FILE"]
         rows = [tuple(self._encoded(answer)) for answer in self.answers]
         counts = Counter(rows)
         alike = [answer for answer, row in zip(self.answers, rows, strict=True) if counts[row] > 1]

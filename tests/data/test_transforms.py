@@ -158,6 +158,11 @@ def test_crops_lie_inside_and_have_the_asked_area_and_aspect(size):
     assert abs(np.log(aspects).mean()) < 0.1
 
 
+def test_a_crop_of_the_whole_area_is_the_whole_picture():
+    rng = np.random.default_rng(0)
+    assert all(draw_crop(*size, (1.0, 1.0), rng) == WHOLE.box for size in ((640, 427), (100, 100), (20, 900)))
+
+
 def jpeg(picture, orientation=1):
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation

@@ -204,9 +204,9 @@ def test_the_programme_prints_a_table_and_writes_json(model_folder, annotations,
     assert {"itc/image_to_text/r1", "itm/text_to_image/r10", "captions"} <= json.loads(out.read_text()).keys()
 
 
-@pytest.mark.parametrize(("protocol", "rerank", "size"), [("official", 128, 384), ("fast", 16, 16)])
-def test_a_named_protocol_sets_candidates_and_picture_size_and_is_told(
-    model_folder, annotations, monkeypatch, capsys, tmp_path, protocol, rerank, size
+@pytest.mark.parametrize(("protocol", "rerank", "size", "tokens"), [("official", 128, 384, 30), ("fast", 16, 16, 25)])
+def test_a_named_protocol_sets_candidates_and_sizes_and_is_told(
+    model_folder, annotations, monkeypatch, capsys, tmp_path, protocol, rerank, size, tokens
 ):
     seen, encoder = [], small_model(WORDS).image_encoder.__class__
     forward = encoder.forward
@@ -215,14 +215,15 @@ def test_a_named_protocol_sets_candidates_and_picture_size_and_is_told(
     )
     options = ["--model", model_folder, "--annotations", annotations, "--protocol", protocol]
     assert call(monkeypatch, ["--task", "retrieval", *options, "--json", tmp_path / "out.json"]) == 0
-    assert f"protocol {protocol}: ITM orders {rerank} candidates, {size} px" in capsys.readouterr().out
+    assert f"protocol {protocol}: ITM orders {rerank} candidates, {size} px, {tokens} tokens" in capsys.readouterr().out
     assert {shape[-1] for shape in seen} == {size}
     stored = json.loads((tmp_path / "out.json").read_text())
     assert (stored["protocol"], stored["rerank"], stored["image_size"]) == (protocol, rerank, size)
+    assert stored["max_tokens"] == tokens
 
 
 def test_the_official_protocol_orders_more_candidates_of_more_pictures():
-    assert [retrieval.PROTOCOLS["official"].candidates(pictures) for pictures in (1000, 5000)] == [128, 256]
+    assert [retrieval.PROTOCOLS["official"].candidates(pictures) for pictures in (1000, 1014, 5000)] == [128, 128, 256]
 
 
 @pytest.mark.parametrize(

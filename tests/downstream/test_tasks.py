@@ -63,6 +63,22 @@ def test_a_submission_has_ids_and_answers_alone():
     assert submission(entries, said) == wanted
 
 
+def test_a_question_to_learn_from_needs_no_id_and_ids_are_their_data_sets_own():
+    task, entry = Vqa(), {"image": "a.jpg", "question": "what is it", "answer": "red", "dataset": "vg"}
+    assert list(task.problems(entry, train=True)) == []
+    assert list(task.problems(entry, train=False)) == ["key 'question_id' must hold a number"]
+    assert list(task.problems({**entry, "question_id": "7"}, train=True)) == ["key 'question_id' must hold a number"]
+    assert task.identity(entry) is None
+    numbered = [{**entry, "question_id": 7, "dataset": name} for name in ("vg", "vqa", "vg")]
+    assert len({task.identity(each) for each in numbered}) == 2
+
+
+def test_a_picture_is_not_flipped_where_an_answer_names_a_side():
+    asked = {"question": "which way is it facing", "answer": ["left", "left", "right"]}
+    assert Vqa().said(asked) == "which way is it facing left left right"
+    assert Vqa().said({"question": "what is it"}) == "what is it"
+
+
 def by_hand(network, question, ids):
     """Return the log-probability of each word of one answer after [CLS], each from a pass of its own, unpadded."""
     found = []
@@ -293,6 +309,11 @@ def test_pointing_and_overlap_are_counted():
     assert (found["pointing"], found["pointing/a"], found["pointing/b"]) == (50, 100, 0)
     assert (found["proposal_iou50"], found["centre"]) == (100, 50)
     assert found["random"] == pytest.approx(100 * (400 + 2500) / 2 / 6400)
+    without = [entries[0], {**entries[1], "proposals": []}]  # a detector that found nothing there
+    found = Grounding().measures(without, [{"entry": n, "map": cam.tolist()} for n in (0, 1)])
+    assert (found["proposal_iou50"], found["proposal_random"]) == (50, 25)
+    found = Grounding().measures(without, [{"entry": 1, "map": cam.tolist()}])
+    assert "proposal_iou50" not in found
 
 
 # --- measures against counting
@@ -331,3 +352,16 @@ def test_retrieval_names_recall_as_published():
     assert [found[f"txt_r{k}"] for k in (1, 5, 10)] == pytest.approx([100 / 3, 200 / 3, 100])
     assert [found[f"img_r{k}"] for k in (1, 5, 10)] == [50, 75, 75]
     assert found["r_mean"] == pytest.approx((200 / 3 + 200 / 3) / 2)
+    assert found["captions"] == 4
+
+
+def test_what_is_said_of_a_picture_names_its_first_caption():
+    config = model_config()
+    network = spread_weights(Simla(config)).eval()
+    batches = [
+        {**batch_of((7, 4, 6)), "image_id": torch.tensor([5, 5, 9]), "number": torch.tensor([0, 1, 2])},
+        {**batch_of((3, 5)), "image_id": torch.tensor([9, 4]), "number": torch.tensor([3, 4])},
+    ]
+    said = Retrieval(rerank=0).predictions(network, batches)
+    assert [p["entry"] for p in said if p["direction"] == "image_to_text"] == [0, 2, 4]
+    assert [p["entry"] for p in said if p["direction"] == "text_to_image"] == [0, 1, 2, 3, 4]
