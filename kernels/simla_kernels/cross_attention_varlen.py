@@ -93,7 +93,7 @@ def _forward(
     if _by_triton("cross_attention_varlen", q, k, v):
         from simla_kernels import cross_attention_triton as kernels
 
-        packing = kernels.Packing(cu_q, cu_k, max_q, max_k)
+        packing = kernels.Packing(cu_q.int(), cu_k.int(), max_q, max_k)
         return kernels.forward(q, k, v, None, index, p, int(seed), cls, packing)
     padded = (_pad(q, cu_q, max_q), _pad(k, cu_k, max_k), _pad(v, cu_k, max_k))
     inside = _inside(cu_k, max_k)
@@ -122,7 +122,7 @@ def _backward(
     if _by_triton("cross_attention_varlen", q, k, v):
         from simla_kernels import cross_attention_triton as kernels
 
-        packing = kernels.Packing(cu_q, cu_k, max_q, max_k)
+        packing = kernels.Packing(cu_q.int(), cu_k.int(), max_q, max_k)
         assert out is not None  # kept where the log-sum-exp is
         return kernels.backward(dout, q, k, v, out, state, None, index, p, int(seed), packing)
     dout, asking = _pad(dout, cu_q, max_q), _pad(q, cu_q, max_q)

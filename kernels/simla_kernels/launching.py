@@ -83,6 +83,13 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
 
 
+def triton_version() -> str:
+    """Return the version of the Triton at hand, whichever distribution brought it (AMD's has another name)."""
+    import triton  # not with the package, which works without
+
+    return triton.__version__
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -91,7 +98,7 @@ def interpreting() -> bool:
 def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
     """Return tl.dot's input_precision: fp32 stays fp32 (3xTF32, or plain units where a card has no TF32)."""
     if dtype != torch.float32:
-        return "tf32"  # ignored for half precision
+        return "ieee"  # ignored for half precision, but TF32 is refused where a card has none
     return "ieee" if architecture(device).startswith("gfx") or interpreting() else "tf32x3"
 
 

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from simla_kernels import checking, dispatch, tuned
+from simla_kernels.launching import triton_version
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest error in units of a result's largest entry."""
@@ -77,7 +77,7 @@ def _key(op: str, device: torch.device) -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         source.update(path.read_bytes())
     source.update(repr(sorted(tuned.configs(device).items())).encode())  # other configurations, another check
-    return f"{op} | {card} | torch {torch.__version__} | triton {version('triton')} | {source.hexdigest()[:16]}"
+    return f"{op} | {card} | torch {torch.__version__} | triton {triton_version()} | {source.hexdigest()[:16]}"
 
 
 def _cache_file() -> Path:

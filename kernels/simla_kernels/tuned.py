@@ -11,12 +11,11 @@ import json
 import os
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from simla_kernels.launching import LaunchConfig
+from simla_kernels.launching import LaunchConfig, triton_version
 
 VARIABLE = "SIMLA_KERNELS_TUNED"
 Configs = dict[tuple[str, str], LaunchConfig]
@@ -66,4 +65,4 @@ def _read(path: Path) -> dict[str, dict[str, dict]]:
 
 def _card(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name} | triton {version('triton')}"
+    return f"{name} | triton {triton_version()}"

@@ -106,6 +106,7 @@ def resolve_deepspeed_config(
     _settle_optimizer(settings, config, offloads, device_type, where)
     if settings.setdefault("steps_per_print", NEVER) == AUTO:
         settings["steps_per_print"] = NEVER
+    settings.setdefault("timers", {"throughput": {"enabled": False}})  # it waits for the device twice a micro-step
     if left := _find_auto(settings):
         raise ValueError(f'{where}: {left} is "auto", and nothing fills it; write a value or remove it')
     return settings
@@ -214,6 +215,12 @@ def _settle_batch(settings: dict[str, Any], config: Config, world_size: int, whe
 
 
 def _settle_precision(settings: dict[str, Any], precision: str, stage: int, where: str) -> None:
+    if stage == 0 and precision == "fp16":
+        # DeepSpeed 0.19 divides gradients by a loss scale that it never applied
+        raise ValueError(
+            f"{where}: stage 0 does not train in fp16, which train.precision came to; take ds_configs/zero1.json, also "
+            "on one rank, or set train.precision to bf16 or fp32"
+        )
     for dtype in ("bf16", "fp16"):
         _settle(settings, f"{dtype}.enabled", precision == dtype, f"train.precision={precision}, so it", where)
     if settings.setdefault("communication_data_type", "fp32") == AUTO:

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import tempfile
+import traceback
 import uuid
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -86,6 +88,7 @@ def start(patience: float = 0) -> Ranks:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.14 renames: nothing a user can act on
     warnings.filterwarnings("ignore", r".*torch\.distributed.* is deprecated", FutureWarning)
+    _settle_gloo_interface()
     accelerator: Any = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
@@ -108,6 +111,24 @@ def _refuse_lonely_ranks() -> None:
             )
 
 
+def _settle_gloo_interface() -> None:
+    """Have gloo listen on the way to MASTER_ADDR, where the other nodes are.
+
+    Left alone it takes what the host's name stands for, and that is often loopback.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing, but finds the way
+        except OSError:
+            return  # no way by IPv4: gloo's own choice stands
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
 def _unlink_shared_buffers() -> None:
     """Take the names off the memory that DeepSpeed's CPU collectives share, once every rank has mapped it.
 
@@ -120,10 +141,21 @@ def _unlink_shared_buffers() -> None:
     Path("/dev/shm", name).unlink(missing_ok=True)
 
 
-def finish() -> None:
-    """Leave the process group: at ZeRO-3 a process that ends without may abort."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def finish(status: int = 0) -> None:
+    """Leave the process group: at ZeRO-3 a process that ends without may abort.
+
+    After an error, status not 0, NCCL would wait for ranks that are not coming: the process ends here and now, so that
+    the launcher ends the others.
+    """
+    if not dist.is_initialized():
+        return
+    if status and dist.get_backend() == "nccl" and dist.get_world_size() > 1:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    dist.destroy_process_group()
 
 
 def broadcast_object(value: Any) -> Any:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import simla_kernels
 from simla_kernels import dispatch
+from simla_kernels.launching import triton_version
 
 SHARED_MEMORY = 512 * 2**20
 """Bytes in /dev/shm from which DeepSpeed's CPU collectives (66 MiB a rank) and loader processes have room."""
@@ -87,7 +88,10 @@ def _collectives() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    triton = _version("triton")
+    try:
+        triton = triton_version()
+    except ImportError:
+        triton = None
     yield Finding("triton", triton or "missing: PyTorch's own paths are used", "ok" if triton else "note")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -8,7 +8,7 @@ import sys
 from simla_ds.config import Config
 from simla_ds.data.loader import StalledData
 from simla_ds.engine.build import Builder, build
-from simla_ds.engine.distributed import finish, start
+from simla_ds.engine.distributed import Ranks, finish, start
 from simla_ds.engine.faults import lost_peer
 from simla_ds.engine.trainer import Trainer
 
@@ -33,6 +33,16 @@ def run(program: str, config: Config, deepspeed_json: str | None, build: Builder
         most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
         ranks.say(f"{program}: restart {restart} of at most {most}: a rank was lost or failed, on this node or another")
     try:
+        status = _train(program, config, deepspeed_json, ranks, build)
+    except BaseException:
+        finish(1)
+        raise
+    finish(status)
+    return status
+
+
+def _train(program: str, config: Config, deepspeed_json: str | None, ranks: Ranks, build: Builder) -> int:
+    try:
         Trainer(config, deepspeed_json, ranks, build).fit()
     except (ValueError, OSError) as error:
         ranks.say_first(f"{program}: error: {error}")
@@ -51,8 +61,6 @@ def run(program: str, config: Config, deepspeed_json: str | None, build: Builder
             f"checkpoint ({str(error).splitlines()[0]})"
         )
         return 1
-    finally:
-        finish()
     return 0
 
 

@@ -137,4 +137,5 @@ def plain_student(task: Any, engine: Engine, source: EngineSource) -> Any:
     with torch.random.fork_rng(devices=[]):  # what it draws to start with is overwritten, and must not shift dropout
         copy = type(model)(model.config).to(engine.device, task.teacher.dtype)
     source.fill(dict(copy.named_parameters()), source.shards())
+    copy.set_activation_checkpointing(task.config.train.activation_checkpointing)
     return copy.train(model.training)

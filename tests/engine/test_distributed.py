@@ -1,11 +1,14 @@
 """Starting and ending ranks under the real launcher."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from simla_ds.engine.distributed import start
+from simla_ds.engine import distributed
+from simla_ds.engine.distributed import finish, start
 from tests.engine.launching import launch
 
 
@@ -37,3 +40,45 @@ def test_several_processes_without_ranks_are_refused(monkeypatch, name):
     monkeypatch.setenv(name, "4")
     with pytest.raises(ValueError, match=rf"{name}=4, but RANK is not set: start one `deepspeed` launcher per node"):
         start()
+
+
+@pytest.mark.parametrize(
+    ("environ", "wanted"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1"}, "lo"),
+        ({"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
+        ({"MASTER_ADDR": "no.such.host.invalid"}, None),
+    ],
+)
+def test_gloo_listens_on_the_way_to_the_first_node_unless_told(monkeypatch, environ, wanted):
+    monkeypatch.setattr(os, "environ", dict(environ))
+    distributed._settle_gloo_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == wanted
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks", "status", "ends"), [("nccl", 2, 1, True), ("nccl", 2, 0, False), ("gloo", 2, 1, False)]
+)
+def test_a_failed_rank_does_not_wait_for_the_others_under_nccl(monkeypatch, capsys, backend, ranks, status, ends):
+    """Of NCCL only the name is here: this shows which way is taken, not what it does on cards."""
+    ways = []
+
+    def end(status: int) -> None:
+        ways.append(f"exit {status}")
+        raise SystemExit(status)
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ways.append("destroy"))
+    monkeypatch.setattr(os, "_exit", end)
+    try:
+        raise KeyError("what went wrong")
+    except KeyError:
+        if ends:
+            with pytest.raises(SystemExit):
+                finish(status)
+            assert "KeyError: 'what went wrong'" in capsys.readouterr().err
+        else:
+            finish(status)
+    assert ways == ([f"exit {status}"] if ends else ["destroy"])
