@@ -40,6 +40,7 @@ __all__ = [
     "SimlaProcessor",
     "load_model_folder",
     "new_model_folder",
+    "read_model_folder",
     "resolve_weights",
     "save_model_folder",
     "task_of",
@@ -243,8 +244,18 @@ def load_model_folder(folder: Path, kind: type[N] = Simla, device: str = "cpu") 
         device: where the network goes; `auto`: a CUDA card where there is one.
 
     Raises:
-        ValueError: a file is missing or broken, another model type or task, weights of other sizes than config.json
-            says, or no such device.
+        ValueError: as read_model_folder, or no such device.
+    """
+    config, weights = read_model_folder(folder, kind)
+    return kind(config).take(weights).eval().to(_device(device)), config
+
+
+def read_model_folder(folder: Path, kind: type[Network]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return the configuration of a model folder, and its weights for Network.take, which stay on disk until then.
+
+    Raises:
+        ValueError: a file is missing or broken, another model type or task, or weights of other sizes than config.json
+            says.
     """
     folder = Path(folder)
     described = _read_config(folder)
@@ -263,11 +274,7 @@ def load_model_folder(folder: Path, kind: type[N] = Simla, device: str = "cpu") 
                 f"{folder / WEIGHTS} has {name} {given.get(name, 'nowhere')}, "
                 f"its {CONFIG} describes {wanted.get(name, 'no such parameter')}"
             )
-    model = kind(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[f"model.{name}"])
-    return model.eval().to(_device(device)), config
+    return config, {name.removeprefix("model."): value for name, value in weights.items()}
 
 
 def _device(name: str) -> torch.device:

@@ -6,7 +6,6 @@ whole parameters are put together from them, is the business of a ParameterSourc
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Generic, Protocol, TypeVar
 
@@ -61,7 +60,7 @@ class ModuleSource:
 
 
 class Teacher(Generic[N]):
-    """A copy of the student that follows it: theta_m <- m theta_m + (1 - m) theta.
+    """A network like the student that follows it: theta_m <- m theta_m + (1 - m) theta.
 
     `master` is float32: in bfloat16 a momentum of .995 would round every small step away. It is laid out as its source
     holds the student, so that under ZeRO every rank averages its own share and nothing else. `module` computes in the
@@ -70,14 +69,22 @@ class Teacher(Generic[N]):
 
     source: ParameterSource
 
-    def __init__(self, student: N, *, dropout: bool, dtype: torch.dtype = torch.float32):
-        """Copy the student; `follow` is to be called before the first update."""
-        self.module = copy.deepcopy(student).to(dtype)
+    def __init__(
+        self,
+        student: N,
+        *,
+        dropout: bool,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        """Make a network like the student, without weights: `follow` gives it memory and values."""
+        with torch.device("meta"):
+            self.module = type(student)(student.config).to(dtype)
         self.module.requires_grad_(False)
-        self.module.set_activation_checkpointing(False)  # nothing is differentiated, nothing is worth recomputing
         self.module.train(dropout)
+        self.device = device
         self.master: dict[str, Tensor] = {}
-        self._resident = dict(self.module.named_parameters())
+        self._resident: dict[str, Tensor] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,15 +98,20 @@ class Teacher(Generic[N]):
         by_layer: a layer's parameters are filled for each forward of that layer, and empty otherwise; what lies outside
         the layers stays whole.
         """
-        if by_layer:
-            self._fill_by_layer()
+        parameters = dict(self.module.named_parameters())
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        layers = self._fill_by_layer(shapes) if by_layer else set()
         self.source = source
         shards = source.shards()
         self.master = {name: shard.detach().to(torch.float32, copy=True) for name, shard in shards.items()}
         whole = source.whole(self.master)
-        for name, parameter in self._resident.items():
-            if name in whole and (whole[name].dtype, whole[name].device) == (parameter.dtype, parameter.device):
-                parameter.data = whole[name]
+        self._resident = {name: parameter for name, parameter in parameters.items() if name not in layers}
+        for name, parameter in parameters.items():
+            value = torch.empty(shapes[name] if name in self._resident else 0, dtype=self.dtype, device=self.device)
+            master = whole.get(name) if name in self._resident else None
+            if master is not None and (master.dtype, master.device) == (value.dtype, value.device):
+                value = master
+            torch.utils.swap_tensors(parameter, nn.Parameter(value, requires_grad=False))  # whoever has it keeps it
         self.refresh()
         return self
 
@@ -114,10 +126,10 @@ class Teacher(Generic[N]):
         """Let the module compute with the master's values, after they were changed."""
         self.source.fill(self._resident, self.master)
 
-    def _fill_by_layer(self) -> None:
-        """Empty the layers, and have them filled before their forward and emptied after it."""
+    def _fill_by_layer(self, shapes: Mapping[str, torch.Size]) -> set[str]:
+        """Have the layers filled before their forward and emptied after it; return the names of their parameters."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
+        found: set[str] = set()
         for layer in self.module.layers():
             own = {names[id(parameter)]: parameter for parameter in layer.parameters()}
 
@@ -132,8 +144,8 @@ class Teacher(Generic[N]):
 
             layer.register_forward_pre_hook(fill)
             layer.register_forward_hook(empty, always_call=True)
-            empty()
-            self._resident = {name: p for name, p in self._resident.items() if name not in own}
+            found |= own.keys()
+        return found
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the float32 master, by its source's names."""

@@ -28,7 +28,7 @@ from simla_ds.evaluation import HeldOut, Probe, evaluating, fixed_queue, frequen
 from simla_ds.model.simla import Simla
 from simla_ds.objectives import FeatureQueue, collectives, itm
 from simla_ds.task import PretrainTask
-from simla_ds.teacher import Teacher
+from simla_ds.teacher import ModuleSource, Teacher
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 40), "blue": (30, 30, 220), "grey": (128, 128, 128)}
 PAIRS, GRID = 14, 4
@@ -76,7 +76,7 @@ def networks(config, seed=0):
     """Student and teacher that differ from each other and from start values."""
     torch.manual_seed(seed)
     student = Simla(config.model)
-    teacher = Teacher(student, dropout=config.teacher_dropout)
+    teacher = Teacher(student, dropout=config.teacher_dropout).follow(ModuleSource(student))
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

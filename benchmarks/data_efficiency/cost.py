@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from benchmarks.counting import Operations
 from simla_ds.config import Config
 from simla_ds.data.loader import PairLoader
@@ -14,7 +12,7 @@ from simla_ds.data.visual_tokens import load_visual_tokenizer
 from simla_ds.model.simla import Simla
 from simla_ds.objectives import FeatureQueue
 from simla_ds.task import PretrainTask
-from simla_ds.teacher import Teacher
+from simla_ds.teacher import ModuleSource, Teacher
 
 COUNTED_STEPS = 4
 """Steps that the mean is taken over; their captions differ in length."""
@@ -34,7 +32,8 @@ def step_gflop(config: Config, ranks: int, pairs: int) -> float:
         raise RuntimeError(f"{config.data.train} holds {loader.epoch_size} pairs, the cell is one of {pairs}")
     model = Simla(config.model)
     queue = FeatureQueue.random(config.objectives.itc.queue_size, config.model.projection_size)
-    task = PretrainTask(model, Teacher(model, dropout=False, dtype=torch.float32), queue, config).train()
+    teacher = Teacher(model, dropout=False).follow(ModuleSource(model))
+    task = PretrainTask(model, teacher, queue, config).train()
     count = COUNTED_STEPS * config.objectives.xmm.every
     with Operations() as operations:
         for step in range(count):

@@ -6,6 +6,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -49,11 +50,13 @@ class Parts:
     """Texts that belong into model folders, by file name."""
 
 
-Builder = Callable[[Config, Ranks, torch.dtype], Parts]
+Builder = Callable[[Config, Ranks, torch.dtype, AbstractContextManager[Any]], Parts]
 
 
-def build(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
+def build(config: Config, ranks: Ranks, dtype: torch.dtype, building: AbstractContextManager[Any]) -> Parts:
     """Find or prepare the data, check that everything fits, build student, teacher, queue and task.
+
+    building: what the student is built within, and its weights are loaded (see zero_init).
 
     Raises:
         ValueError: the first thing that cannot work, with the setting to change.
@@ -74,14 +77,14 @@ def build(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
     loader = PairLoader(config, tokenizer, view_size, ranks.rank, ranks.world_size)
     _check_sizes(config, loader.epoch_size)
     torch.manual_seed(config.train.seed)  # the same start weights on every rank
-    model = Simla(config.model)
-    for report in initialise(model, config.init):
-        ranks.say(str(report))
-    model.temperature.clamp_()
+    with building:
+        model = Simla(config.model)
+        _check_disk(config, sum(p.numel() for p in model.parameters()))
+        for report in initialise(model, config.init):
+            ranks.say(str(report))
+        model.temperature.clamp_()
     model.set_activation_checkpointing(config.train.activation_checkpointing)
-    _check_disk(config, sum(p.numel() for p in model.parameters()))
-    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype)
-    teacher.module.to(ranks.device)
+    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype, device=ranks.device)
     queue = _queue(config).to(ranks.device)
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     task = PretrainTask(model, teacher, queue, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,24 @@ from simla_ds.engine.distributed import Ranks, broadcast_object, gather_objects
 from simla_ds.engine.watch import plain_student
 from simla_ds.engine.zero_teacher import Engine, EngineSource
 from simla_ds.evaluation import evaluating
-from simla_ds.hub import load_model_folder, task_of
+from simla_ds.hub import read_model_folder, task_of
 from simla_ds.model.network import Network
 from simla_ds.model.simla import Simla
 from simla_ds.teacher import Teacher
 
+Pretrained = tuple[type[Network], dict[str, torch.Tensor]]
+"""The class of a pretrained network, and its weights, still on disk."""
 
-def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
+
+def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype, building: AbstractContextManager[Any]) -> Parts:
     """Read and check the entries, build the task's network from a pretrained one, its teacher and its loader.
 
+    building: what networks are built within, and their weights are loaded (see zero_init).
     Raises ValueError: the first thing that cannot work, or everything that is wrong with an annotation file.
     """
     if not isinstance(config, FinetuneConfig):
         raise TypeError("build_finetuning needs a FinetuneConfig")
-    config, pretrained = _with_pretrained(config, ranks)  # first: scenes take minutes, a wrong folder none
+    config, pretrained = _with_pretrained(config)  # first: scenes take minutes, a wrong folder none
     config = _with_data(config, ranks)
     if pretrained is None:
         config = _with_vocabulary(config)
@@ -54,11 +59,12 @@ def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype) -> Parts:
     loader = ExampleLoader(
         config, train, ExampleMaker(config, downstream, tokenizer, train=True), ranks.rank, ranks.world_size
     )
-    torch.manual_seed(config.train.seed)  # the same start weights on every rank
-    model = _network(downstream, config, pretrained)
+    with building:
+        model = _network(downstream, config, pretrained)
+    if pretrained is not None:
+        ranks.say(f"{config.init.checkpoint}: pretrained weights loaded")
     model.set_activation_checkpointing(config.train.activation_checkpointing)
-    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype)
-    teacher.module.to(ranks.device)
+    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype, device=ranks.device)
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     task: Any = downstream.module(model, teacher, config)
     task.queue.to(ranks.device)
@@ -129,17 +135,17 @@ class TaskWatch:
         return {}
 
 
-def _with_pretrained(config: FinetuneConfig, ranks: Ranks) -> tuple[FinetuneConfig, Network | None]:
-    """Load the pretrained model, whose sizes the run has; None from scratch."""
+def _with_pretrained(config: FinetuneConfig) -> tuple[FinetuneConfig, Pretrained | None]:
+    """Read the pretrained model, whose sizes the run has; None from scratch."""
     if not config.init.checkpoint:
         return config, None
     folder = Path(config.init.checkpoint)
     assigned = config.task == "nlvr2" and task_of(folder) == AssignmentNetwork.task
-    pretrained, model = load_model_folder(folder, AssignmentNetwork if assigned else Simla)
+    kind = AssignmentNetwork if assigned else Simla
+    model, weights = read_model_folder(folder, kind)
     if config.model != ModelConfig():
         same_model(config, asdict(model), folder)
-    ranks.say(f"{folder}: pretrained weights loaded")
-    return replace(config, model=model), pretrained
+    return replace(config, model=model), (kind, weights)
 
 
 def _with_data(config: FinetuneConfig, ranks: Ranks) -> FinetuneConfig:
@@ -182,14 +188,19 @@ def _with_vocabulary(config: FinetuneConfig) -> FinetuneConfig:
     return replace(config, model=replace(config.model, vocabulary=vocabulary))
 
 
-def _network(downstream: Downstream, config: FinetuneConfig, pretrained: Network | None) -> Network:
+def _network(downstream: Downstream, config: FinetuneConfig, pretrained: Pretrained | None) -> Network:
     """Return the task's network, started from a pretrained one where there is one."""
+    start = None
+    if pretrained is not None:
+        kind, weights = pretrained
+        start = kind(config.model).take(weights)
     # not a subclass: text assignment's network is NLVR2's with another head
-    if pretrained is not None and type(pretrained) is downstream.network:
-        return pretrained
+    if start is not None and type(start) is downstream.network:
+        return start
+    torch.manual_seed(config.train.seed)  # the same start weights on every rank
     network = downstream.network(config.model)
-    if pretrained is not None and isinstance(network, TaskNetwork):
-        network.start_from(pretrained)
+    if start is not None and isinstance(network, TaskNetwork):
+        network.start_from(start)
     return network
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from simla_ds.engine.distributed import Ranks, gather_objects, mean_over_ranks
 from simla_ds.engine.faults import FiniteGuard, StopRequest
 from simla_ds.engine.metrics import Alarms, Metrics, peak_memory_mb
 from simla_ds.engine.optimizer import forget_initial_step, learning_rate, set_learning_rate
+from simla_ds.engine.zero_init import ZeroInit
 from simla_ds.engine.zero_teacher import EngineSource, clamp_temperature_master
 from simla_ds.hub import save_model_folder
 from simla_ds.model.weight_decay import parameter_groups
@@ -48,7 +50,10 @@ class Trainer:
         )
         self.output = Path(config.output)
         checkpoint = find_checkpoint(self.output, config.resume, ranks)
-        parts = build(config, ranks, DTYPES[precision])
+        self.zero_stage = settings["zero_optimization"]["stage"]
+        dtype, in_parts = DTYPES[precision], self.zero_stage == 3
+        building = ZeroInit(settings, dtype, ranks.device) if in_parts else nullcontext()
+        parts = build(config, ranks, dtype, building)
         self.config, self.loader, self.task = parts.config, parts.loader, parts.task
         if checkpoint is not None:
             same_model(self.config, read_state(checkpoint)["model"], checkpoint)
@@ -56,13 +61,12 @@ class Trainer:
         self.micro_steps = config.train.grad_accumulation
         self.global_batch = config.train.batch_size * self.micro_steps * ranks.world_size
         self.total_steps = config.total_steps(self.global_batch)
-        self.zero_stage = settings["zero_optimization"]["stage"]
         settings.update(_monitors(self.config))
         groups: Any = parameter_groups(self.task.model, config.optim.weight_decay, official=config.official)
         self.engine, *_ = deepspeed.initialize(model=self.task, model_parameters=groups, config=settings)
         forget_initial_step(self.engine)
         self.source = EngineSource(self.engine)
-        self.teacher.follow(self.source, by_layer=self.zero_stage == 3)
+        self.teacher.follow(self.source, by_layer=in_parts)
         self.step = self.samples_before = 0
         self.best = Best(self.config.eval)
         if checkpoint is not None:

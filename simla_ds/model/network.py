@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from simla_ds.config import ModelConfig
 
@@ -19,6 +20,13 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+
+    @torch.no_grad()
+    def take(self, weights: Mapping[str, Tensor]) -> Self:
+        """Copy the value of every parameter, of the same shape; return self."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(weights[name])
+        return self
 
     def set_activation_checkpointing(self, on: bool) -> None:
         """Recompute activations in backward (less memory, more time), in every stack of layers."""

@@ -21,7 +21,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, official: bool) -
         if not parameter.requires_grad:
             continue
         special = name.endswith(UNDECAYED)
-        plain_vector = parameter.dim() <= 1 and not special
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # partitioned under ZeRO-3, it is empty itself
+        plain_vector = len(shape) <= 1 and not special
         skip = plain_vector or name.endswith(".bias") or (special and not official)
         (exempt if skip else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]

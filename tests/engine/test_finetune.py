@@ -3,12 +3,18 @@
 import json
 
 import pytest
+import torch
 
 from launch import evaluate as programme
+from simla_ds.downstream.config import FinetuneConfig
+from simla_ds.downstream.tasks import make_task
 from simla_ds.downstream.vqa import AnswerNetwork
+from simla_ds.engine.finetune import _network
 from simla_ds.hub import load_model_folder
+from simla_ds.model.simla import Simla
 from tests.engine.launching import ROOT, launch
 from tests.engine.runs import MODEL, records, scenes
+from tests.tiny import model_config
 
 pytestmark = pytest.mark.launcher
 
@@ -84,6 +90,15 @@ def test_nlvr2_starts_from_text_assignment(data, tmp_path):
     done = finetune(*steps, "--model", str(first / "final"), task="nlvr2", data=data, output=second)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pretrained weights loaded" in done.stderr
+
+
+def test_pretraining_s_own_network_is_trained_on_with_its_dropout():
+    """Retrieval and grounding go on with it as it is; a folder's model is loaded in eval mode elsewhere."""
+    pretrained = Simla(model_config())
+    config = FinetuneConfig(task="retrieval", model=pretrained.config)
+    network = _network(make_task("retrieval", None), config, (Simla, pretrained.state_dict()))
+    assert all(module.training for module in network.modules())
+    assert torch.equal(network.get_parameter("match_head.weight"), pretrained.match_head.weight)
 
 
 def test_a_bad_annotation_file_ends_with_status_2_before_anything_is_written(data, tmp_path):

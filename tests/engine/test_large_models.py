@@ -41,12 +41,14 @@ def test_steps_at_full_depth_with_and_without_the_second_copy_in_each_node(tmp_p
     settings["zero_optimization"]["zero_hpz_partition_size"] = 2  # the two ranks are a node
     hierarchical = tmp_path / "hpz.json"
     hierarchical.write_text(json.dumps(settings))
-    files = f"{ROOT / 'ds_configs' / 'zero3.json'},{hierarchical}"
     keys = [*narrow(recipe), "--data.train", str(scenes(tmp_path)), "--data.workers", "0", "--train.steps", "2"]
     keys += ["--train.log_every", "1", "--train.precision", "fp32", "--eval.every", "0", "--train.batch_size", "2"]
-    done = launch("tests.engine.workers.stages", f"{tmp_path}/out", files, *keys, ranks=2, timeout=600)
+    files = {"zero3": ROOT / "ds_configs" / "zero3.json", "hpz": hierarchical}
+    runs = {str(tmp_path / name): [*keys, "--deepspeed", str(file)] for name, file in files.items()}
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    done = launch("tests.engine.workers.fits", str(tmp_path / "runs.json"), ranks=2, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    plain, twice = (losses(tmp_path / "out" / name) for name in ("zero3", "hpz"))
+    plain, twice = (losses(tmp_path / name) for name in files)
     assert set(plain) == set(twice) == {1, 2}
     for step, found in plain.items():
         assert twice[step] == pytest.approx(found, rel=1e-5)

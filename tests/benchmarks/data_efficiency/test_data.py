@@ -1,5 +1,6 @@
 """Subsets, start weights, and what a row is identified by."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_every_set_starts_training_from_the_same_weights_where_shapes_agree(pair
     for name in SETS:
         one = with_start_weights(completed(set_config(name), pairs, 1.0, 0), base, tmp_path / name)
         assert bool(one.init.checkpoint) == (name == "albef")
-        model = build(one, Ranks(0, 0, 1, torch.device("cpu")), torch.float32).task.model
+        model = build(one, Ranks(0, 0, 1, torch.device("cpu")), torch.float32, nullcontext()).task.model
         started[name] = dict(model.named_parameters())
     simla, albef = started["simla"], started["albef"]
     assert albef.keys() - simla.keys() == {"stream.embeddings.token_type.weight"}
