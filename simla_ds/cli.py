@@ -325,12 +325,13 @@ def _add_import(commands) -> None:
     command = _command(
         commands,
         "import",
-        "make a model folder from a published SIMLA or ALBEF checkpoint",
+        "make a model folder from published SIMLA, ALBEF or DALL-E dVAE weights",
         _import,
         "Pretraining's or a downstream task's: which it is, and its sizes, are read off the weights. Momentum copies "
-        "go to OUT/teacher. A model folder is taken too, to change its resolution.",
+        "go to OUT/teacher. A model folder is taken too, to change its resolution. DALL-E's encoder.pkl becomes the "
+        "folder of a visual tokeniser, for data.visual_tokenizer. Nothing that a pickle holds is run.",
     )
-    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=".pth, .safetensors or model folder")
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=".pth, .pkl, .safetensors, model folder")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder; an old one is replaced")
     command.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="such as bert-base-uncased's (default: a model folder's own)"

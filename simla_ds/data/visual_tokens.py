@@ -120,7 +120,7 @@ def load_visual_tokenizer(folder: str | Path, grid: int) -> VisualTokenizer:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"data.visual_tokenizer={folder} has no readable config.json; give the folder of a patch codebook "
-            "(from `simla prepare`) or of a FlavaImageCodebook"
+            "(from `simla prepare`) or of a FlavaImageCodebook (from `simla import`)"
         ) from error
     if config.get("kind") == _KIND:
         if config["grid"] != grid:
