@@ -45,7 +45,7 @@ def _prepare_scenes(arguments: argparse.Namespace) -> int:
 def _prepare_visual_tokenizer(arguments: argparse.Namespace) -> int:
     from simla_ds.data.fit_tokens import prepare_visual_tokenizer
 
-    options = {name: getattr(arguments, name) for name in ("grid", "codes", "pictures", "seed")}
+    options = {name: getattr(arguments, name) for name in ("kind", "grid", "codes", "pictures", "steps", "seed")}
     found = prepare_visual_tokenizer(arguments.shards, arguments.out, **options)
     print(f"{arguments.out}: {found['psnr']:.2f} dB on pictures left out, {found['codes_used']:.0%} of the codes used")
     return DONE
@@ -221,13 +221,19 @@ def _add_prepare(commands) -> None:
         "visual-tokenizer",
         "fit XMM's visual tokens to the pictures of shards",
         _prepare_visual_tokenizer,
-        "A codebook of patches of 4 x 4 pixels, by k-means; --data.visual_tokenizer DIR trains with it.",
+        "Codes of patches of 4 x 4 pixels, by k-means or a small VQ; --data.visual_tokenizer DIR trains with them.",
     )
     tokenizer.add_argument("shards", metavar="SHARDS", help="folder, file or brace pattern, as data.train")
     tokenizer.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    tokenizer.add_argument(
+        "--kind", choices=("codebook", "vq"), default="codebook", help="vq: gives back more, takes minutes to train"
+    )
     tokenizer.add_argument("--grid", type=_positive, default=8, metavar="G", help="tokens a side: the model's patches")
     tokenizer.add_argument("--codes", type=_positive, default=512, metavar="K", help="visual tokens to choose from")
     tokenizer.add_argument("--pictures", type=_positive, default=4000, metavar="N", help="looked at, a tenth left out")
+    tokenizer.add_argument(
+        "--steps", type=_positive, default=2000, metavar="N", help="of training a VQ, 64 pictures each"
+    )
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="every random choice follows from it")
     add_sources(partial(_command, kinds))
 
