@@ -64,6 +64,7 @@ EXTRAS = {
         "imagehash>=4.3",
         "s3fs>=2025.3",
         "aiohttp>=3.10",
+        "vector-quantize-pytorch>=1.20",
     ],
     "track": ["wandb>=0.18"],
     "demo": ["matplotlib>=3.9"],

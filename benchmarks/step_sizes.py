@@ -18,7 +18,7 @@ from simla_ds.config import (
     VisionConfig,
     VocabularyConfig,
 )
-from simla_ds.data.batch import Pair, collate
+from simla_ds.data.batch import Pair, as_floats, collate
 from simla_ds.data.masking import block_mask, mask_tokens
 from simla_ds.model.simla import Simla
 from simla_ds.objectives import FeatureQueue
@@ -108,7 +108,7 @@ def make_batch(config: Config, seed: int = 0, *, tokens: int = 0) -> Batch:
                 itm_draws=rng.random(2, dtype=np.float32),
             )
         )
-    batch = collate(pairs, model.vocabulary)
+    batch = as_floats(collate(pairs, model.vocabulary))
     codes = rng.integers(0, model.vocabulary.visual_size, (len(pairs), model.vision.patches))
     batch["visual_ids"] = torch.from_numpy(codes)
     return batch

@@ -45,7 +45,7 @@ def _prepare_scenes(arguments: argparse.Namespace) -> int:
 def _prepare_visual_tokenizer(arguments: argparse.Namespace) -> int:
     from simla_ds.data.fit_tokens import prepare_visual_tokenizer
 
-    options = {name: getattr(arguments, name) for name in ("grid", "codes", "pictures", "seed")}
+    options = {name: getattr(arguments, name) for name in ("kind", "grid", "codes", "pictures", "steps", "seed")}
     found = prepare_visual_tokenizer(arguments.shards, arguments.out, **options)
     print(f"{arguments.out}: {found['psnr']:.2f} dB on pictures left out, {found['codes_used']:.0%} of the codes used")
     return DONE
@@ -221,13 +221,19 @@ def _add_prepare(commands) -> None:
         "visual-tokenizer",
         "fit XMM's visual tokens to the pictures of shards",
         _prepare_visual_tokenizer,
-        "A codebook of patches of 4 x 4 pixels, by k-means; --data.visual_tokenizer DIR trains with it.",
+        "Codes of patches of 4 x 4 pixels, by k-means or a small VQ; --data.visual_tokenizer DIR trains with them.",
     )
     tokenizer.add_argument("shards", metavar="SHARDS", help="folder, file or brace pattern, as data.train")
     tokenizer.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    tokenizer.add_argument(
+        "--kind", choices=("codebook", "vq"), default="codebook", help="vq: gives back more, takes minutes to train"
+    )
     tokenizer.add_argument("--grid", type=_positive, default=8, metavar="G", help="tokens a side: the model's patches")
     tokenizer.add_argument("--codes", type=_positive, default=512, metavar="K", help="visual tokens to choose from")
     tokenizer.add_argument("--pictures", type=_positive, default=4000, metavar="N", help="looked at, a tenth left out")
+    tokenizer.add_argument(
+        "--steps", type=_positive, default=2000, metavar="N", help="of training a VQ, 64 pictures each"
+    )
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="every random choice follows from it")
     add_sources(partial(_command, kinds))
 
@@ -325,12 +331,13 @@ def _add_import(commands) -> None:
     command = _command(
         commands,
         "import",
-        "make a model folder from a published SIMLA or ALBEF checkpoint",
+        "make a model folder from published SIMLA, ALBEF or DALL-E dVAE weights",
         _import,
         "Pretraining's or a downstream task's: which it is, and its sizes, are read off the weights. Momentum copies "
-        "go to OUT/teacher. A model folder is taken too, to change its resolution.",
+        "go to OUT/teacher. A model folder is taken too, to change its resolution. DALL-E's encoder.pkl becomes the "
+        "folder of a visual tokeniser, for data.visual_tokenizer. Nothing that a pickle holds is run.",
     )
-    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=".pth, .safetensors or model folder")
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=".pth, .pkl, .safetensors, model folder")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="model folder; an old one is replaced")
     command.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="such as bert-base-uncased's (default: a model folder's own)"

@@ -350,7 +350,7 @@ class DataConfig:
     tokenizer: str = ""
     """Folder of a Hugging Face tokenizer. Empty: `tokenizer` beside the (first source's) shards' folder."""
     visual_tokenizer: str = ""
-    """Folder of a patch codebook or of a FlavaImageCodebook, for XMM. Empty: `visual_tokens` beside that folder."""
+    """Folder of a patch codebook, a VQ or a FlavaImageCodebook, for XMM. Empty: `visual_tokens` beside that folder."""
     scenes_dir: str = "data/scenes"
     """Folder of the embedded scenes."""
     scenes_train: int = 20_000

@@ -1,6 +1,7 @@
 """Published checkpoints as model folders: what a file holds, and its sizes, are read off its weights.  (`simla import`)
 
-Taken are the names of the published implementation, pretraining's and each downstream task's, SIMLA's and ALBEF's.
+Taken are the names of the published implementation, pretraining's and each downstream task's, SIMLA's and ALBEF's; and
+the encoder of DALL-E's dVAE, XMM's visual tokeniser.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from simla_ds.data.text import TextTokenizer
 from simla_ds.downstream.nlvr2 import PairNetwork
 from simla_ds.downstream.snli_ve import EntailmentNetwork
 from simla_ds.downstream.vqa import AnswerNetwork
-from simla_ds.hub import load_model_folder, save_model_folder
+from simla_ds.hub import load_model_folder, new_model_folder, save_model_folder
+from simla_ds.model.image_codebook import image_codebook, is_image_codebook
 from simla_ds.model.loading import LoadReport, load_state
 from simla_ds.model.network import Network
 from simla_ds.model.official_names import BUFFERS, translate
@@ -41,7 +43,8 @@ def import_checkpoint(
     """Write a checkpoint's student, and its momentum copy as teacher, to the model folder `out`; say what was loaded.
 
     Args:
-        source: weights file, or a model folder of ours (whose resolution may be changed).
+        source: weights file, or a model folder of ours (whose resolution may be changed). Of a dVAE's encoder (DALL-E's
+            encoder.pkl) `out` becomes the folder of a FlavaImageCodebook, and no other option applies.
         out: written whole or not at all.
         tokenizer: the one it was trained with; None for a model folder: its own.
         image_size: side of pictures that it shall take; the image encoder's positions are resampled as a grid once, the
@@ -53,9 +56,13 @@ def import_checkpoint(
     """
     if source.is_dir() and (source / "config.json").is_file():
         return _resized(source, out, tokenizer, image_size)
+    weights = read_weights(source)
+    if is_image_codebook(weights):
+        if (tokenizer, image_size, heads) != (None, None, None):
+            raise ValueError(f"{source} is the encoder of a dVAE: it takes no --tokenizer, --image-size or --heads")
+        return _import_image_codebook(weights, source, out)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer: give --tokenizer, the folder of the one it was trained with")
-    weights = read_weights(source)
     published = translate(weights)
     kind = kind_of(published.student, source)
     config = _with_tokenizer(describe(published.student, source, heads), tokenizer)
@@ -72,6 +79,13 @@ def import_checkpoint(
     most = MAX_TOKENS if kind is Simla else MAX_TOKENS_OF_TASKS
     save_model_folder(model, out, tokenizer, {"imported": source.name}, teacher=teacher, max_tokens=most)
     return report
+
+
+def _import_image_codebook(weights: Mapping[str, Tensor], source: Path, out: Path) -> LoadReport:
+    model = image_codebook(weights, source)
+    with new_model_folder(out) as fresh:
+        model.save_pretrained(fresh)
+    return LoadReport(str(source), loaded=tuple(weights), missing=(), unexpected=(), interpolated=())
 
 
 def kind_of(state: Mapping[str, Tensor], source: Path) -> type[Network]:

@@ -22,7 +22,7 @@ class Batch(TypedDict):
     """
 
     image: Tensor
-    """(B, 3, S, S) float32, normalised: the encoder's view."""
+    """(B, 3, S, S) float32, normalised: the encoder's view. Up to data.batch.as_floats uint8, as visual_view."""
     input_ids: Tensor
     """(B, L) int64 token ids, [CLS] first, padded to the longest caption of the batch."""
     text_mask: Tensor

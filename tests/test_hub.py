@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from simla_ds import hub
 from simla_ds.config import Config, ModelConfig, StreamConfig, VisionConfig, VocabularyConfig
-from simla_ds.data.batch import PairMaker, collate
+from simla_ds.data.batch import PairMaker, as_floats, collate
 from simla_ds.data.text import TextTokenizer, train_tokenizer
 from simla_ds.hub import (
     TASK_NETWORKS,
@@ -302,7 +302,7 @@ def test_the_processor_makes_what_evaluation_in_training_makes(folder, config, t
     maker = PairMaker(run, tokenizer, visual_view_size=0, train=False)
     members = [{"jpg": picture.read_bytes(), "txt": caption.encode()} for caption in CAPTIONS]
     pairs = [maker.make(str(i), m, np.random.default_rng(0)) for i, m in enumerate(members)]
-    batch = collate(pairs, config.vocabulary)
+    batch = as_floats(collate(pairs, config.vocabulary))
     made = SimlaProcessor.from_pretrained(folder)(images=[picture, str(picture), Image.open(picture)], text=CAPTIONS)
     assert torch.equal(made["pixel_values"], batch["image"])
     assert torch.equal(made["input_ids"], batch["input_ids"])

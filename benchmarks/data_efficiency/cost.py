@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks.counting import Operations
 from simla_ds.config import Config
+from simla_ds.data.batch import as_floats
 from simla_ds.data.loader import PairLoader
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.visual_tokens import load_visual_tokenizer
@@ -37,7 +38,7 @@ def step_gflop(config: Config, ranks: int, pairs: int) -> float:
     count = COUNTED_STEPS * config.objectives.xmm.every
     with Operations() as operations:
         for step in range(count):
-            batch = next(loader)
+            batch = as_floats(next(loader))
             batch["visual_ids"] = codes(batch.pop("visual_view"))
             task(batch, alpha=config.objectives.alpha, step=step)["loss"].backward()
     loader.close()

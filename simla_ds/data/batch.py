@@ -105,7 +105,10 @@ class PairMaker:
 
 
 def collate(pairs: list[Pair], vocabulary: VocabularyConfig, pad_to: int = 0) -> Batch:
-    """Stack pairs into a Batch padded to the longest caption, at least to pad_to; pinned where CUDA is there."""
+    """Stack pairs into a Batch padded to the longest caption, at least to pad_to; pinned where CUDA is there.
+
+    Its pictures are uint8 still: they travel so to the device, where `as_floats` makes them what types.Batch says.
+    """
     lengths = torch.tensor([len(pair.input_ids) for pair in pairs])
     text_mask = torch.arange(max(pad_to, int(lengths.max()))) < lengths[:, None]
     labelled = _padded([pair.labelled for pair in pairs], text_mask, False)
@@ -113,7 +116,7 @@ def collate(pairs: list[Pair], vocabulary: VocabularyConfig, pad_to: int = 0) ->
     patch_mask = torch.from_numpy(np.stack([pair.patch_mask for pair in pairs]))
     label_index, masked_index = labelled.view(-1).nonzero()[:, 0], patch_mask.view(-1).nonzero()[:, 0]
     batch: Batch = {
-        "image": normalise(torch.stack([pair.image for pair in pairs if pair.image is not None])),
+        "image": torch.stack([pair.image for pair in pairs if pair.image is not None]),
         "input_ids": input_ids,
         "text_mask": text_mask,
         "token_index": text_mask.view(-1).nonzero()[:, 0],
@@ -134,9 +137,17 @@ def collate(pairs: list[Pair], vocabulary: VocabularyConfig, pad_to: int = 0) ->
     if pairs[0].source is not None:
         batch["source"] = torch.tensor([pair.source for pair in pairs])
     if views:
-        batch["visual_view"] = torch.stack(views).float().div_(255)
+        batch["visual_view"] = torch.stack(views)
     if torch.cuda.is_available():
         return cast(Batch, {name: cast(Tensor, tensor).pin_memory() for name, tensor in batch.items()})
+    return batch
+
+
+def as_floats(batch: Batch) -> Batch:
+    """Return a collated batch with its uint8 pictures as the floats that the step reads, on the device they are on."""
+    batch = {**batch, "image": normalise(batch["image"])}
+    if "visual_view" in batch:
+        batch["visual_view"] = batch["visual_view"].float().div_(255)
     return batch
 
 

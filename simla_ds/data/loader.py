@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simla_ds.config import Config
-from simla_ds.data.batch import Pair, PairMaker, Tokenizer, collate
+from simla_ds.data.batch import Pair, PairMaker, Tokenizer, as_floats, collate
 from simla_ds.data.order import EpochOrder, Order, Stream, WeightedOrder, sample_generator
 from simla_ds.data.remote import ShardCache, ShardChanged, open_shards
 from simla_ds.data.sample import Reason, SkipSample, stable_hash
@@ -299,7 +299,7 @@ class PairLoader(StreamLoader):
         self.skipped.update(shard.problem for shard in files.shards if shard.problem and rank == 0)
 
     def collate(self, items: list[Pair]) -> Batch:
-        """Stack pairs; captions that are exchanged between ranks must be of one length."""
+        """Stack pairs (see data.batch.collate); captions that are exchanged between ranks must be of one length."""
         shared = self.world_size > 1 and self.config.objectives.itm.negatives == "global"
         return collate(items, self.vocabulary, pad_to=self.config.data.max_tokens if shared else 0)
 
@@ -343,7 +343,8 @@ def eval_batches(
     pairs: list[Pair] = []
 
     def finished() -> tuple[Batch, list[dict[str, str]]]:
-        return collate(pairs, tokenizer.vocabulary), [{"key": pair.key, "caption": pair.caption} for pair in pairs]
+        batch = as_floats(collate(pairs, tokenizer.vocabulary))
+        return batch, [{"key": pair.key, "caption": pair.caption} for pair in pairs]
 
     for index in range(rank, min(limit or len(places), len(places)), world_size):
         try:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -224,9 +225,15 @@ def _operate(
 
 def normalise(views: Tensor) -> Tensor:
     """Encoder views uint8 (B, 3, S, S) to float32, with CLIP's mean and deviation per colour."""
-    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1) * 255
-    std = torch.tensor(CLIP_STD).view(3, 1, 1) * 255
+    mean, std = _statistics(views.device)
     return views.float().sub_(mean).div_(std)
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """CLIP's mean and deviation of pixels of 0 to 255, (3, 1, 1) each; kept, since copying them makes a GPU wait."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (CLIP_MEAN, CLIP_STD))
+    return mean.to(device), std.to(device)
 
 
 def _crop(picture: Image.Image, box: tuple[float, float, float, float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures to visual-token ids, the targets of XMM: a fitted patch codebook, or the DALL-E dVAE's encoder.
+"""Pictures to visual-token ids, the targets of XMM: a patch codebook, a trained VQ, or the DALL-E dVAE's encoder.
 
 B pictures, V side of the tokeniser's view in pixels, G side of the patch grid, P = G * G tokens in row-major order.
 The grid is the image encoder's, so that token p describes what patch p shows.
@@ -56,9 +56,9 @@ class PatchCodebook:
 
     def __call__(self, view: Tensor) -> Tensor:
         """(B, 3, V, V) floats in [0, 1] to (B, P) int64 ids."""
-        _check_view(view, self.view_size)
+        check_view(view, self.view_size)
         patches = _patches(view.float())
-        return _nearest(patches.flatten(0, 1), self.codes)[0].view(patches.shape[:2])
+        return nearest(patches.flatten(0, 1), self.codes)[0].view(patches.shape[:2])
 
     def decode(self, ids: Tensor) -> Tensor:
         """(B, P) int64 ids to the pictures they stand for, (B, 3, V, V)."""
@@ -99,7 +99,7 @@ class DalleTokens:
     @torch.no_grad()
     def __call__(self, view: Tensor) -> Tensor:
         """(B, 3, V, V) floats in [0, 1] to (B, P) int64 ids."""
-        _check_view(view, self.view_size)
+        check_view(view, self.view_size)
         with torch.autocast(view.device.type, enabled=False):  # rounded logits would pick other tokens
             return self.model.get_codebook_indices(0.8 * view.float() + 0.1).flatten(1)
 
@@ -119,16 +119,20 @@ def load_visual_tokenizer(folder: str | Path, grid: int) -> VisualTokenizer:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"data.visual_tokenizer={folder} has no readable config.json; give the folder of a patch codebook "
-            "(from `simla prepare`) or of a FlavaImageCodebook"
+            f"data.visual_tokenizer={folder} has no readable config.json; give the folder of a patch codebook or VQ "
+            "(from `simla prepare`) or of a FlavaImageCodebook (from `simla import`)"
         ) from error
-    if config.get("kind") == _KIND:
+    from simla_ds.data.vq_tokens import KIND, VqTokens  # which builds on this module
+
+    if config.get("kind") in (_KIND, KIND):
         if config["grid"] != grid:
             raise ValueError(
                 f"data.visual_tokenizer={folder} was fitted for {config['grid']} x {config['grid']} patches, the model "
-                f"has {grid} x {grid}; set data.visual_tokenizer to a codebook of grid {grid}, or "
+                f"has {grid} x {grid}; set data.visual_tokenizer to one of grid {grid}, or "
                 f"model.vision.image_size to {config['grid']} x model.vision.patch_size"
             )
+        if config["kind"] == KIND:
+            return VqTokens.load(folder, config)
         codes = load_file(folder / "codebook.safetensors")["codes"]
         if codes.shape != (config["codes"], 3 * PATCH**2):
             raise ValueError(
@@ -140,7 +144,7 @@ def load_visual_tokenizer(folder: str | Path, grid: int) -> VisualTokenizer:
         return DalleTokens(folder, grid)
     raise ValueError(
         f"data.visual_tokenizer={folder}/config.json is of no known kind (kind={config.get('kind')}, "
-        f"model_type={config.get('model_type')}); expected {_KIND} or flava_image_codebook"
+        f"model_type={config.get('model_type')}); expected {_KIND}, {KIND} or flava_image_codebook"
     )
 
 
@@ -157,7 +161,8 @@ def fit_codebook(views: Iterable[Tensor], *, codes: int, grid: int, seed: int) -
     return PatchCodebook(_kmeans(patches, codes, generator), grid)
 
 
-def _check_view(view: Tensor, size: int) -> None:
+def check_view(view: Tensor, size: int) -> None:
+    """Raise ValueError unless view is (..., 3, size, size)."""
     if view.shape[-3:] != (3, size, size):
         raise ValueError(f"the visual tokeniser reads (B, 3, {size}, {size}), got {tuple(view.shape)}")
 
@@ -171,7 +176,7 @@ def _sample_patches(views: Iterable[Tensor], grid: int, generator: torch.Generat
     """(N, 48) of the views' patches in random order, at most _FIT_PATCHES of them."""
     kept = []
     for view in views:
-        _check_view(view, PATCH * grid)
+        check_view(view, PATCH * grid)
         kept.append(_patches(view.float()[None])[0])
     patches = torch.cat(kept) if kept else torch.empty(0, 3 * PATCH**2)
     return patches.index_select(0, torch.randperm(len(patches), generator=generator)[:_FIT_PATCHES])
@@ -185,12 +190,12 @@ def _kmeans(patches: Tensor, codes: int, generator: torch.Generator) -> Tensor:
     centres = _spread_start(patches[: 16 * codes], codes, generator)
     previous = None
     for _ in range(_ITERATIONS):
-        nearest, distance = _nearest(patches, centres)
-        if previous is not None and torch.equal(nearest, previous):
+        index, distance = nearest(patches, centres)
+        if previous is not None and torch.equal(index, previous):
             break
-        previous = nearest
-        counts = torch.bincount(nearest, minlength=codes)
-        sums = torch.zeros_like(centres, dtype=torch.float64).index_add_(0, nearest, patches.double())
+        previous = index
+        counts = torch.bincount(index, minlength=codes)
+        sums = torch.zeros_like(centres, dtype=torch.float64).index_add_(0, index, patches.double())
         centres = (sums / counts.clamp(min=1)[:, None]).float()
         dead = (counts == 0).nonzero().flatten()
         worst = distance.topk(len(dead)).indices
@@ -212,7 +217,7 @@ def _spread_start(patches: Tensor, codes: int, generator: torch.Generator) -> Te
     return patches.index_select(0, torch.tensor(chosen))
 
 
-def _nearest(patches: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def nearest(patches: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """(N, 48), (K, 48) to the nearest code of each patch, (N,) int64, and its squared distance, (N,)."""
     parts = [_nearest_of_chunk(chunk, codes) for chunk in patches.split(_CHUNK)]
     return torch.cat([index for index, _ in parts]), torch.cat([distance for _, distance in parts])

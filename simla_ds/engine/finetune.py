@@ -97,6 +97,9 @@ class TaskWatch:
         """Move a batch to the device."""
         return {name: value.to(self.ranks.device, non_blocking=True) for name, value in batch.items()}
 
+    def saw(self, batch: dict[str, torch.Tensor]) -> None:
+        """Take note of nothing: a task has no visual codes."""
+
     def monitor(self) -> dict[str, float]:
         """Return nothing besides what every run logs."""
         return {}

@@ -26,6 +26,7 @@ from simla_ds.engine.checkpoint_folder import prune_checkpoints, read_state
 from simla_ds.engine.deepspeed_config import resolve_deepspeed_config, resolve_precision
 from simla_ds.engine.distributed import Ranks, gather_objects, mean_over_ranks
 from simla_ds.engine.faults import FiniteGuard, StopRequest
+from simla_ds.engine.feed import Feed
 from simla_ds.engine.metrics import Alarms, Metrics, peak_memory_mb
 from simla_ds.engine.optimizer import forget_initial_step, learning_rate, set_learning_rate
 from simla_ds.engine.zero_init import ZeroInit
@@ -33,7 +34,6 @@ from simla_ds.engine.zero_teacher import EngineSource, clamp_temperature_master
 from simla_ds.hub import save_model_folder
 from simla_ds.model.weight_decay import parameter_groups
 from simla_ds.parsing import dump_config
-from simla_ds.types import Batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,6 +76,9 @@ class Trainer:
         self.metrics = Metrics(self.output, self.engine.monitor, self.total_steps, self.step, active=ranks.is_main)
         self.alarms = Alarms(self.config)
         self.watch, self.files = parts.watch(self.engine, self.source), parts.files
+        counted = () if config.official else self.task.counted
+        prepare, device = self.watch.prepare, ranks.device
+        self.feed = Feed(self.loader, prepare, device, micro_steps=self.micro_steps, counted=counted)
         self.window = _Window()
         self.guard = FiniteGuard(self.engine, config.train.max_bad_steps)
         self.stop = StopRequest()
@@ -118,14 +121,16 @@ class Trainer:
 
     def _optimizer_step(self) -> None:
         """Forward and backward of every micro-batch, one update, then the teacher."""
-        batches = self._next_batches()
         set_learning_rate(self.engine, self._learning_rate())
         momentum = self.config.teacher_momentum(self.global_batch)
-        for batch in batches:
-            self.last_batch = batch = self.watch.prepare(batch)  # one micro-batch on the device at a time
+        for _ in range(self.micro_steps):
+            self.last_batch = batch = self.feed.next()
+            self.watch.saw(batch)
             if self.config.official:  # as published: the teacher moves before it is asked, at every forward
                 self.teacher.update(momentum)
             outputs = self.engine(batch, alpha=self.alpha, step=self.step)
+            if self.step + 1 < self.total_steps:
+                self.feed.look_ahead()  # beside the backward pass
             self.engine.backward(outputs["loss"])
             self.engine.step()  # a no-op until the accumulation boundary
             if self.queue.size:
@@ -153,22 +158,6 @@ class Trainer:
                 f"at {limit} (train.max_bad_steps)"
             )
 
-    def _next_batches(self) -> list[Batch]:
-        """Return the micro-batches of one optimizer step.
-
-        All are fetched before the first forward: MLM and XMM divide by their counts over all ranks and micro-steps.
-        """
-        counted = () if self.config.official else self.task.counted
-        started = time.monotonic()
-        batches = [next(self.loader) for _ in range(self.micro_steps)]
-        self.window.data_wait += time.monotonic() - started
-        if counted:
-            counts = torch.stack([torch.cat([batch[name] for name in counted]) for batch in batches]).mean(0)
-            counts = mean_over_ranks(counts.to(self.ranks.device)).split(1)
-            for batch in batches:
-                batch.update(zip(counted, counts, strict=True))
-        return batches
-
     def _learning_rate(self) -> float:
         total = self.samples_before + self.total_steps * self.global_batch
         return learning_rate(self.config, self.samples_seen, total, self.global_batch)
@@ -190,8 +179,8 @@ class Trainer:
             "alpha": self.alpha,
             "grad_norm": float(grad_norm) if grad_norm is not None else None,
             "samples_per_second": pairs / self.window.seconds(),
-            "data_wait": self.window.data_wait / max(1, self.window.steps // self.micro_steps),
-            "data_wait_share": self.window.data_wait / self.window.seconds(),
+            "data_wait": self.feed.waited / max(1, self.window.steps // self.micro_steps),
+            "data_wait_share": self.feed.waited / self.window.seconds(),
             **self._losses_by_source(),
             "peak_memory_mb": peak_memory_mb(self.ranks.device),
             **self.watch.monitor(),
@@ -203,7 +192,7 @@ class Trainer:
         for alarm in self.alarms.check(record):
             self.metrics.write(alarm)
             self.metrics.say(f"ALARM {alarm['alarm']}: {alarm['message']}")
-        self.window = _Window()
+        self.window, self.feed.waited = _Window(), 0.0
 
     def _losses_by_source(self) -> dict[str, float]:
         """Return each source's share of the pairs and mean losses since the last line, over ranks."""
@@ -246,7 +235,7 @@ class Trainer:
         state = {
             "step": self.step,
             "samples_seen": self.samples_seen,
-            "data": self.loader.state_dict(gather_objects(self.loader.local_position())),
+            "data": self.loader.state_dict(gather_objects(self.feed.position)),
             "model": asdict(self.config.model),
             "zero_stage": self.zero_stage,
             "versions": library_versions(),
@@ -321,7 +310,6 @@ class _Window:
         self.outputs: list[dict[str, Tensor]] = []
         self.by_source: list[dict[str, Tensor]] = []
         """See PretrainTask.forward; empty dictionaries where there is one source."""
-        self.data_wait = 0.0
         self.steps = 0
         self._started = time.monotonic()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from simla_ds.config import Config
+from simla_ds.data.batch import as_floats
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.visual_tokens import VisualTokenizer
 from simla_ds.engine.zero_teacher import Engine, EngineSource
@@ -42,14 +43,19 @@ class Watch:
             self.held_out = HeldOut(config, tokenizer, visual_tokenizer, self.device)
 
     def prepare(self, batch: Batch) -> Batch:
-        """Move a batch to the device and make its visual tokens."""
+        """Move a batch, pictures as uint8, to the device; make floats and visual tokens of them there."""
         tensors: dict[str, Any] = dict(batch)
         moved: Any = {name: value.to(self.device, non_blocking=True) for name, value in tensors.items()}
+        moved = as_floats(moved)
         view = moved.pop("visual_view", None)
         if view is not None and self.visual_tokenizer is not None:
             moved["visual_ids"] = self.visual_tokenizer(view)
-            self.seen_codes.index_fill_(0, moved["visual_ids"].flatten(), True)
         return moved
+
+    def saw(self, batch: Batch) -> None:
+        """Take note of the visual codes in a prepared batch that is trained on."""
+        if "visual_ids" in batch:
+            self.seen_codes.index_fill_(0, batch["visual_ids"].flatten(), True)
 
     def monitor(self) -> dict[str, float]:
         """Return the share of visual codes that have occurred since the start, where visual tokens are read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 _NAMES = ("model.safetensors", "pytorch_model.bin")
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".pkl")
 _WRAPPERS = ("model", "state_dict")
+_MODULES = (
+    *(f"dall_e.{name}" for name in ("encoder.Encoder", "encoder.EncoderBlock", "utils.Conv2d")),
+    *(f"torch.nn.modules.{n}" for n in ("container.Sequential", "activation.ReLU", "pooling.MaxPool2d")),
+    "torch.nn.modules.linear.Identity",
+)
+"""Classes of the one published file that is a whole pickled module: DALL-E's encoder.pkl."""
+_RESAVE = 'save it again as torch.save({"model": model.state_dict()}, FILE) where you trust it'
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError),
+    *(AttributeError, LookupError, TypeError),  # of a pickle that is none of torch's
+)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict onto the CPU from a file, or from the one weights file of a folder.
 
-    A dict under "model" or "state_dict", as training scripts save it, is unwrapped; its other entries are left out.
+    A dict under "model" or "state_dict", as training scripts save it, is unwrapped; its other entries are left out. Of
+    a pickled module (DALL-E's encoder.pkl) the parameters are read, its classes are neither imported nor run.
 
     Raises:
         ValueError: there is no such file, several could be meant, or the content isn't tensors by name.
@@ -28,7 +41,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     file = find_weights(path)
     try:
         content = load_file(file) if file.suffix == ".safetensors" else _unpickle(file)
-    except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        if isinstance(content, _Module):
+            content = dict(_parameters(content))
+    except _UNREADABLE as error:
         raise ValueError(f"{file} cannot be read as weights: {_first_line(error)}; copy it again") from error
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -62,16 +77,34 @@ def find_weights(path: Path) -> Path:
 
 
 def _unpickle(file: Path) -> Any:
-    """Load a pickled file; ValueError when it asks for anything but tensors and plain values."""
+    """Load a pickled file; ValueError when it asks for anything but tensors, plain values and what _MODULES names."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Module, name) for name in _MODULES]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "load of storage is allowed" in str(error):  # a module of torch < 1.6, its classes' source text with it
+            raise ValueError(
+                f"{file} is refused: its modules are pickled as torch before 1.6 did, with their source text; {_RESAVE}"
+            ) from error
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{file} is refused: besides tensors it holds {wanted[1]}, and loading that could run code; "
-                'save it again as torch.save({"model": model.state_dict()}, FILE) where you trust it'
+                f"{file} is refused: besides tensors it holds {wanted[1]}, and loading that could run code; {_RESAVE}"
             ) from error
         raise
+
+
+class _Module:
+    """Stands in for the class of a pickled module: keeps what was saved of it and does nothing."""
+
+
+def _parameters(module: _Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors as its state_dict would; AttributeError, TypeError or KeyError when it is no module."""
+    saved = vars(module)
+    for name, value in saved["_parameters"].items():
+        if value is not None:
+            yield prefix + name, value.detach()
+    for name, child in saved["_modules"].items():
+        yield from _parameters(child, f"{prefix}{name}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,14 +1,16 @@
 """A codebook for shards of one's own: what its tokens give back, and the command that fits it."""
 
 import re
+import sys
 
 import pytest
 import torch
 
 from simla_ds.cli import main
-from simla_ds.data.fit_tokens import psnr_of, read_views, reconstruction
+from simla_ds.data.fit_tokens import fit_vq, psnr_of, read_views, reconstruction
 from simla_ds.data.shards import write_shards
 from simla_ds.data.visual_tokens import PatchCodebook, fit_codebook, load_visual_tokenizer
+from simla_ds.data.vq_tokens import VqTokens
 from tests.data.test_loader import good
 from tests.data.test_visual_tokens import CODES, GRID, coloured_views
 
@@ -43,3 +45,40 @@ def test_the_command_makes_a_folder_to_train_with(tmp_path, capsys):
         assert main(arguments) == 2
         assert told in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def smooth_views(count, seed):
+    """Pictures that are planes of colour, in any direction: what one patch shows tells what the next one does."""
+    generator = torch.Generator().manual_seed(seed)
+    ramp = torch.linspace(-1, 1, 4 * GRID)
+    slope = torch.rand(count, 2, 3, 1, 1, generator=generator) - 0.5
+    height = torch.rand(count, 3, 1, 1, generator=generator)
+    return ((height + slope[:, 0] * ramp[:, None] + slope[:, 1] * ramp).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def test_a_trained_vq_gives_back_more_than_a_codebook_of_as_many_codes():
+    seen, unseen = smooth_views(200, 0), smooth_views(60, 1)
+    codebook = fit_codebook(seen.float() / 255, codes=24, grid=GRID, seed=0)
+    vq = fit_vq(seen, codes=24, grid=GRID, steps=150, seed=0)
+    plain, trained = (reconstruction(tokens, unseen) for tokens in (codebook, vq))
+    assert trained["psnr"] > plain["psnr"] + 0.7
+    assert trained["codes_used"] > 0.9
+    before = torch.random.get_rng_state()
+    once, twice, other = (fit_vq(unseen, codes=16, grid=GRID, steps=1, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(once.codes, twice.codes)
+    assert not torch.equal(once.codes, other.codes)
+
+
+def test_the_command_trains_a_vq_or_says_what_it_lacks(tmp_path, capsys, monkeypatch):
+    write_shards(good(12), tmp_path / "shards", 20)
+    command = ["prepare", "visual-tokenizer", str(tmp_path / "shards"), "--kind", "vq", "--grid", "4", "--steps", "3"]
+    assert main([*command, "--codes", "8", "--out", str(tmp_path / "tokens")]) == 0
+    assert re.search(r"tokens: \d+\.\d\d dB on pictures left out", capsys.readouterr().out)
+    assert isinstance(load_visual_tokenizer(tmp_path / "tokens", 4), VqTokens)
+    assert main([*command, "--codes", "999", "--out", str(tmp_path / "none")]) == 2
+    assert "176 patches cannot make 999 visual tokens" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
+    assert main([*command, "--out", str(tmp_path / "none")]) == 2
+    assert "pip install 'simla_ds[data]'" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -28,6 +28,7 @@ from simla_ds.config import (
     VisionConfig,
     VocabularyConfig,
 )
+from simla_ds.data.batch import as_floats
 from simla_ds.data.loader import PairDataset, PairLoader, StalledData, eval_batches
 from simla_ds.data.order import EpochOrder, Stream, WeightedOrder
 from simla_ds.data.sample import clean_caption, stable_hash
@@ -422,7 +423,9 @@ def test_a_shard_that_vanishes_is_counted_sample_by_sample(tmp_path):
 
 
 def test_batches_hold_what_types_py_says(shards):
-    batch = take(loader(shards, batch_size=8), 1)[0]
+    collated = take(loader(shards, batch_size=8), 1)[0]
+    assert collated["image"].dtype == collated["visual_view"].dtype == torch.uint8
+    batch = as_floats(collated)
     grid = SIZE // 8
     length = batch["input_ids"].shape[1]
     assert batch["image"].shape == (8, 3, SIZE, SIZE)

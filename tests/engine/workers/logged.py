@@ -9,14 +9,14 @@ from simla_ds.engine import trainer
 
 
 class LoggedTrainer(trainer.Trainer):
-    def _next_batches(self):
-        batches = super()._next_batches()
-        ids = [number for batch in batches for number in batch["sample_id"].tolist()]
+    def _optimizer_step(self):
+        step = self.step
+        super()._optimizer_step()  # of one micro-batch
+        ids = self.last_batch["sample_id"].tolist()
         path = Path(self.config.output, f"samples_rank{self.ranks.rank}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            file.write(json.dumps({"step": self.step, "ranks": self.ranks.world_size, "ids": ids}) + "\n")
-        return batches
+            file.write(json.dumps({"step": step, "ranks": self.ranks.world_size, "ids": ids}) + "\n")
 
 
 if __name__ == "__main__":
