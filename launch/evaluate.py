@@ -114,47 +114,45 @@ def report(measures: dict[str, float], json_out: Path | None) -> int:
 
 def evaluate_retrieval(arguments: argparse.Namespace) -> int:
     """Load, retrieve, print."""
-    from dataclasses import replace
+    from collections import Counter
 
-    from simla_ds.config import Config, DataConfig
-    from simla_ds.data.loader import eval_batches
-    from simla_ds.data.shards import find_shards, open_shard
+    from simla_ds.data.samples import Samples, open_files
     from simla_ds.downstream.annotations import read_annotations
-    from simla_ds.downstream.retrieval import PROTOCOLS, annotated, retrieve
+    from simla_ds.downstream.retrieval import PROTOCOLS, annotated, retrieve, sharded
     from simla_ds.downstream.retrieval_tuning import Retrieval
     from simla_ds.hub import SimlaProcessor, load_model_folder, resolve_weights
     from simla_ds.report import retrieval_table
 
     folder = resolve_weights(arguments.model, arguments.weights)
-    model, config = load_model_folder(folder, device=arguments.device)
+    model, _ = load_model_folder(folder, device=arguments.device)
     processor = SimlaProcessor.from_pretrained(folder)
     protocol = PROTOCOLS[arguments.protocol] if arguments.protocol else None
     processor.image_size = (protocol and protocol.image_size) or processor.image_size
     tokenizer = processor.tokenizer
     tokenizer.max_tokens = (protocol and protocol.max_tokens) or tokenizer.max_tokens
+    skipped = Counter[str]()
     if arguments.annotations:
         root = arguments.image_root or arguments.annotations.parent
         found = read_annotations(arguments.annotations, root)
         Retrieval().checked(found, train=False)
         pictures, batches = len(found.entries), annotated(arguments.annotations, root, processor)
     else:
-        vision = replace(config.vision, image_size=processor.image_size)
-        stream = replace(config.stream, image_positions=config.image_positions)
-        settings = Config(
-            model=replace(config, vision=vision, stream=stream), data=DataConfig(max_words=processor.max_words)
-        )
-        pictures = sum(len(open_shard(path)) for path in find_shards(arguments.data)) if protocol else 0
-        batches = (batch for batch, _ in eval_batches(settings, arguments.data, tokenizer, 0))
+        _, files = open_files(str(arguments.data), "--data")
+        places = [(shard, number) for shard, index in enumerate(files.shards) for number in range(len(index))]
+        pictures, batches = len(places), sharded(Samples(files, places, processor), skipped)
     rerank = protocol.candidates(pictures) if protocol else arguments.rerank
     print(
         f"protocol {arguments.protocol or 'of your own'}: ITM orders {rerank} candidates, {processor.image_size} px, "
         f"{tokenizer.max_tokens} tokens"
     )
     result = retrieve(model, batches, rerank=rerank, progress=sys.stderr.isatty())
+    if skipped:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
+        print(f"{skipped.total()} sample(s) left out: {reasons}", file=sys.stderr)
     print(retrieval_table(result))
     if arguments.json:
         how = {"protocol": arguments.protocol, "rerank": rerank, "image_size": processor.image_size}
-        how["max_tokens"] = tokenizer.max_tokens
+        how |= {"max_tokens": tokenizer.max_tokens, "left_out": skipped.total()}
         arguments.json.write_text(json.dumps({**result.measures(), **how}, indent=1) + "\n", encoding="utf-8")
     return 0
 

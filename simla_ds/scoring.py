@@ -16,7 +16,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -24,15 +24,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from simla_ds.config import DataConfig
 from simla_ds.data.outputs import Rows, copy_pairs, write_features, write_text
 from simla_ds.data.processor import SimlaProcessor
-from simla_ds.data.remote import ShardCache, open_shards
-from simla_ds.data.sample import SkipSample, clean_caption, read_picture, read_record
-from simla_ds.data.shards import ShardFiles, find_shards, shard_name
+from simla_ds.data.samples import Sample, Samples, open_files
+from simla_ds.data.shards import ShardFiles, shard_name
 from simla_ds.hub import load_model_folder, resolve_weights
 from simla_ds.model.simla import Simla
 
@@ -61,48 +59,6 @@ class Options:
     def keeps(self, itc: float, itm: float) -> bool:
         """Whether a pair is above the thresholds."""
         return itc >= (-1.0 if self.min_itc is None else self.min_itc) and itm >= (self.min_itm or 0.0)
-
-
-@dataclass
-class Sample:
-    """A picture with its captions, or why there is none."""
-
-    place: tuple[int, int]
-    """Number of the shard, and of the sample in it."""
-    key: str
-    image: Tensor | None = None
-    """(3, S, S) float32, normalised."""
-    captions: tuple[str, ...] = ()
-    """As they are in the shard."""
-    tokens: list[list[int]] = field(default_factory=list)
-    reason: str = ""
-
-
-class Samples(Dataset):
-    """All samples of some shards, in file order."""
-
-    def __init__(self, files: ShardFiles, places: list[tuple[int, int]], processor: SimlaProcessor):
-        self.files, self.places, self.processor = files, places, processor
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, number: int) -> Sample:
-        shard, place = self.places[number]
-        sample = Sample((shard, place), self.files.shards[shard].key(place))
-        try:
-            members = self.files.read(shard, place)
-            captions = read_record(sample.key, members).captions
-            sample.image = self.processor(read_picture(members))["pixel_values"][0]
-        except OSError:
-            sample.reason = "sample unreadable"
-        except SkipSample as skip:
-            sample.reason = skip.reason
-        else:
-            sample.captions = captions
-            cleaned = [clean_caption(caption, self.processor.max_words) for caption in captions]
-            sample.tokens = [self.processor.tokenizer.encode(caption)[0] for caption in cleaned]
-        return sample
 
 
 def embed(shards: str, model: Path, out: Path, options: Options, workers: int = 1) -> dict[str, Any]:
@@ -167,9 +123,7 @@ def _run(
     network, _ = load_model_folder(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
-    paths, data = find_shards(shards, "SHARDS", remote=True), DataConfig()
-    cache = ShardCache(Path(data.cache_dir).expanduser(), int(data.cache_gb * 1e9), data.fetch_tries)
-    files = ShardFiles(open_shards(paths, cache), cache=cache)
+    paths, files = open_files(shards)
     with open(folder / "model.safetensors", "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     sizes = [len(shard) for shard in files.shards]

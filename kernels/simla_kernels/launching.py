@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -83,11 +85,11 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
 
 
-def triton_version() -> str:
-    """Return the version of the Triton at hand, whichever distribution brought it (AMD's has another name)."""
-    import triton  # not with the package, which works without
-
-    return triton.__version__
+@cache
+def triton_version() -> str | None:
+    """Return the version of the distribution that brought Triton, AMD's under another name; None without one."""
+    names = metadata.packages_distributions().get("triton")
+    return metadata.version(names[0]) if names else None
 
 
 def interpreting() -> bool:

@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 
 from simla_ds.data.processor import SimlaProcessor
+from simla_ds.data.samples import Samples
 from simla_ds.downstream.gallery import Gallery, encode, match_scores
 from simla_ds.model.simla import Simla
 from simla_ds.objectives.collectives import gather_by_rank, rank, world_size
@@ -220,6 +223,34 @@ def ceilings(gallery: Gallery) -> dict[str, float]:
         best = sum(count for said in said_of.values() for _, count in said.most_common(k))
         found[f"text_to_image/r{k}"] = 100 * best / len(texts)
     return found
+
+
+def sharded(
+    samples: Samples, skipped: Counter[str], batch_size: int = 16, workers: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Yield batches for `retrieve` of all captions of shards' samples, batch_size pictures each.
+
+    skipped: gets how many samples could not be used, by reason.
+    """
+    known: dict[Any, int] = {}
+    for chunk in DataLoader(samples, batch_size, collate_fn=list, num_workers=workers):
+        skipped.update(sample.reason for sample in chunk if sample.reason)
+        usable = [sample for sample in chunk if not sample.reason]
+        if not usable:
+            continue
+        names = [sample.image_id or sample.place for sample in usable]  # keys may start anew in every shard
+        image_id = torch.tensor([known.setdefault(name, len(known)) for name in names])
+        count = torch.tensor([len(sample.tokens) for sample in usable])
+        rows = [torch.tensor(ids) for sample in usable for ids in sample.tokens]
+        lengths = torch.tensor([len(row) for row in rows])
+        yield {
+            "image": torch.stack([sample.image for sample in usable if sample.image is not None]).repeat_interleave(
+                count, dim=0
+            ),
+            "input_ids": pad_sequence(rows, batch_first=True),
+            "text_mask": torch.arange(int(lengths.max())) < lengths[:, None],
+            "image_id": image_id.repeat_interleave(count),
+        }
 
 
 def annotated(

@@ -88,10 +88,7 @@ def _collectives() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    try:
-        triton = triton_version()
-    except ImportError:
-        triton = None
+    triton = triton_version()
     yield Finding("triton", triton or "missing: PyTorch's own paths are used", "ok" if triton else "note")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

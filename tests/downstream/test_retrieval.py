@@ -1,6 +1,8 @@
 """Recall against brute force, re-ranking against scoring everything, and what duplicate captions leave possible."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -202,6 +204,40 @@ def test_the_programme_prints_a_table_and_writes_json(model_folder, annotations,
     assert call(monkeypatch, ["--task", "retrieval", *options]) == 0
     assert "4 captions of 3 pictures" in capsys.readouterr().out
     assert {"itc/image_to_text/r1", "itm/text_to_image/r10", "captions"} <= json.loads(out.read_text()).keys()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards whose keys start anew, as some tools write them: with one damaged picture, and one picture twice."""
+    records = [
+        {"0": ("a red square", "a blue square", "grey"), "1": ("grey",)},
+        {"0": ("a red square on grey",), "1": ("blue",), "2": ("a square",)},
+    ]
+    for number, samples in enumerate(records):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for key, captions in samples.items():
+                named = {"image_id": "the same"} if (number, key) in ((0, "1"), (1, "1")) else {}
+                picture = io.BytesIO()
+                Image.fromarray(np.full((20, 24, 3), 40 * len(captions[0]) % 255, dtype=np.uint8)).save(picture, "PNG")
+                data = b"not a picture" if (number, key) == (1, "2") else picture.getvalue()
+                fields = json.dumps({"caption": list(captions), **named}).encode()
+                for suffix, content in ((".png", data), (".json", fields)):
+                    info = tarfile.TarInfo(key + suffix)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return tmp_path
+
+
+def test_shards_give_all_captions_of_every_picture_and_say_what_is_left_out(
+    model_folder, shards, monkeypatch, capsys, tmp_path
+):
+    out = tmp_path / "out.json"
+    options = ["--model", model_folder, "--data", shards, "--rerank", "2", "--json", out]
+    assert call(monkeypatch, ["--task", "retrieval", *options]) == 0
+    said = capsys.readouterr()
+    assert "6 captions of 3 pictures" in said.out
+    assert "1 sample(s) left out: picture unreadable 1" in said.err
+    assert json.loads(out.read_text())["left_out"] == 1
 
 
 @pytest.mark.parametrize(("protocol", "rerank", "size", "tokens"), [("official", 128, 384, 30), ("fast", 16, 16, 25)])
