@@ -132,6 +132,8 @@ class Teacher(Generic[N]):
         found: set[str] = set()
         for layer in self.module.layers():
             own = {names[id(parameter)]: parameter for parameter in layer.parameters()}
+            if not own:  # the activation of a head, say
+                continue
 
             def fill(*_: object, own: dict[str, nn.Parameter] = own) -> None:
                 for name, parameter in own.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simla_ds.downstream.snli_ve import EntailmentNetwork
 from simla_ds.model.simla import Simla
 from simla_ds.teacher import ModuleSource, Teacher
 from tests.tiny import make_batch, model_config, spread_weights
@@ -170,6 +171,21 @@ def test_filled_by_layer_it_computes_the_same_and_keeps_nothing_of_the_layers(st
         by_layer.refresh()
     kept = {name for name, parameter in by_layer.module.named_parameters() if parameter.numel()}
     assert kept == {name for name in whole.master if ".layers." not in name and ".blocks." not in name}
+
+
+def test_a_layer_without_parameters_has_nothing_to_be_filled():
+    student = EntailmentNetwork(model_config())
+    teacher = Teacher(student, dropout=False)
+    teacher.follow(WithoutEmptyFills(student), by_layer=True)
+    assert torch.equal(teacher.module.head(torch.ones(2, 32)), student.head(torch.ones(2, 32)))
+
+
+class WithoutEmptyFills(ModuleSource):
+    """Ranks exchange nothing for no parameters, so EngineSource cannot be asked for it."""
+
+    def fill(self, parameters, shards):
+        assert parameters
+        super().fill(parameters, shards)
 
 
 def test_a_layer_that_fails_is_emptied_all_the_same(student: Simla):
