@@ -472,8 +472,8 @@ def _case(
         q, k, v = tokens(rows, queries), tokens(key_rows, keys), tokens(key_rows, keys)
         codes = torch.empty(key_rows, keys, dtype=torch.int8, device="meta") if masked else None
         index = torch.empty(rows, dtype=torch.int64, device="meta") if shared else None
-        starts = (torch.empty(count + 1, dtype=torch.int32, device="meta") for count in (rows, key_rows))
-        packing = Packing(*starts, queries, keys) if packed else None
+        cu_q, cu_k = (torch.empty(count + 1, dtype=torch.int32, device="meta") for count in (rows, key_rows))
+        packing = Packing(cu_q, cu_k, queries, keys) if packed else None
         out, lse, _ = forward(q, k, v, codes, index, dropout_p, 3, True, packing)
         backward(out, q, k, v, out, lse, codes, index, dropout_p, 3, packing)
 

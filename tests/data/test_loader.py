@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from simla_ds.data.order import EpochOrder, Stream, WeightedOrder
 from simla_ds.data.sample import clean_caption, stable_hash
 from simla_ds.data.shards import find_shards, write_shards
 from simla_ds.data.text import TextTokenizer
+from simla_ds.types import Batch
 from tests.data.broken import broken_shards
 
 COUNT = 53  # a prime: epochs end inside batches, and ranks and batches never divide it
@@ -425,7 +427,7 @@ def test_a_shard_that_vanishes_is_counted_sample_by_sample(tmp_path):
 def test_batches_hold_what_types_py_says(shards):
     collated = take(loader(shards, batch_size=8), 1)[0]
     assert collated["image"].dtype == collated["visual_view"].dtype == torch.uint8
-    batch = as_floats(collated)
+    batch: Any = as_floats(cast(Batch, collated))
     grid = SIZE // 8
     length = batch["input_ids"].shape[1]
     assert batch["image"].shape == (8, 3, SIZE, SIZE)

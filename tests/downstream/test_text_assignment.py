@@ -12,7 +12,6 @@ from simla_ds.downstream.config import FinetuneConfig, FinetuneInit
 from simla_ds.downstream.nlvr2 import Nlvr2, PairNetwork
 from simla_ds.downstream.text_assignment import AssignmentNetwork, TextAssignment, assign
 from simla_ds.engine import finetune
-from simla_ds.engine.distributed import Ranks
 from simla_ds.hub import save_model_folder
 from simla_ds.model.simla import Simla
 from tests.tiny import make_batch, model_config, spread_weights
@@ -104,13 +103,13 @@ def test_an_nlvr2_run_takes_its_folder_and_has_a_head_of_its_own(tmp_path):
     network = AssignmentNetwork(replace(model_config(), vocabulary=vocabulary))
     save_model_folder(network, tmp_path / "model", tmp_path / "tokenizer")
     config = FinetuneConfig(task="nlvr2", init=FinetuneInit(checkpoint=str(tmp_path / "model")))
-    config, pretrained = finetune._with_pretrained(config, Ranks(0, 0, 1, torch.device("cpu")))
+    config, pretrained = finetune._with_pretrained(config)
     started = finetune._network(Nlvr2(), config, pretrained)
     assert type(started) is PairNetwork
     name = "stream.layers.0.cross_attention.key.weight"
     assert torch.equal(started.get_parameter(name), network.get_parameter(name))
     with pytest.raises(ValueError, match="holds a model for 'text_assignment', not for 'pretrain'"):
-        finetune._with_pretrained(replace(config, task="vqa"), Ranks(0, 0, 1, torch.device("cpu")))
+        finetune._with_pretrained(replace(config, task="vqa"))
 
 
 def test_accuracy_is_of_the_drawn_labels():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_a_wrong_model_folder_is_told_before_a_scene_is_composed(composed, tmp_p
         init=FinetuneInit(checkpoint=str(tmp_path / "nomodel")), data=FinetuneData(scenes_dir=str(tmp_path / "scenes"))
     )
     with pytest.raises(ValueError, match="nomodel"):
-        finetune.build_finetuning(config, RANKS, torch.float32)
+        finetune.build_finetuning(config, RANKS, torch.float32, nullcontext())
     assert composed == []
 
 

@@ -67,8 +67,8 @@ def test_what_a_set_was_tuned_to_is_its_own_and_a_variant_has_the_last_word():
     slow, fast = {"optim": {"learning_rate": 0.1}}, {"optim": {"learning_rate": 0.4}}
     tuned = grid(config={"optim": {"learning_rate": 0.2}}, sets={"simla": fast}, variants={"slow": slow})
     rates = [
-        tuned.settings(Cell(*cell))["optim"]["learning_rate"]
-        for cell in (("itc", 1.0, 0), ("simla", 1.0, 0), ("simla", 1.0, 0, "slow"))
+        tuned.settings(Cell(name, 1.0, 0, variant))["optim"]["learning_rate"]
+        for name, variant in (("itc", ""), ("simla", ""), ("simla", "slow"))
     ]
     assert rates == [0.2, 0.4, 0.1]
     with pytest.raises(ValueError, match="sets: unknown 'clip'; the choices are albef"):
