@@ -104,7 +104,7 @@ def find_shards(spec: str, key: str = "data.train", remote: bool = False) -> lis
     expanded = os.path.expanduser(spec)
     if os.path.isdir(expanded):
         found = glob.glob(os.path.join(glob.escape(expanded), "*.tar"))
-    elif any(letter in expanded for letter in "*?["):
+    elif is_pattern(expanded):
         found = glob.glob(expanded)
     else:
         names = expand_urls(expanded) if expanded else []
@@ -120,7 +120,7 @@ def find_shards(spec: str, key: str = "data.train", remote: bool = False) -> lis
 
 def _find_remote(spec: str, key: str, expand_urls: Callable[[str], list[str]]) -> list[str]:
     """Addresses as they are, braces expanded; of a folder (ending in /) or a glob what is there."""
-    if spec.startswith("pipe:") or not (spec.endswith("/") or any(letter in spec for letter in "*?[")):
+    if spec.startswith("pipe:") or not (spec.endswith("/") or is_pattern(spec)):
         return sorted(expand_urls(spec))
     from simla_ds.data.remote import listing
 
@@ -128,6 +128,11 @@ def _find_remote(spec: str, key: str, expand_urls: Callable[[str], list[str]]) -
     if not found:
         raise ValueError(f"{key}={spec!r} matches no shards")
     return found
+
+
+def is_pattern(spec: str) -> bool:
+    """Whether a name is a glob. In an http address `?` begins the query."""
+    return any(letter in spec for letter in ("*[" if spec.startswith(("http://", "https://")) else "*?["))
 
 
 @dataclass(frozen=True)
