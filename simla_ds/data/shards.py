@@ -13,13 +13,15 @@ import json
 import os
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from simla_ds.data.tar_headers import Damaged, walk
 
 if TYPE_CHECKING:
     from simla_ds.data.remote import ShardCache
@@ -35,7 +37,6 @@ MAX_TEXT_BYTES = 4 << 20
 REMOTE = ("pipe:", "http://", "https://", "s3://", "gs://", "az://", "hf://", "memory://")
 """How names of shards begin that have to be fetched."""
 
-_BLOCK = 512
 INDEX_VERSION = 1
 _ARRAYS = ("names", "name_ends", "member_ends", "members")
 
@@ -103,7 +104,7 @@ def find_shards(spec: str, key: str = "data.train", remote: bool = False) -> lis
     expanded = os.path.expanduser(spec)
     if os.path.isdir(expanded):
         found = glob.glob(os.path.join(glob.escape(expanded), "*.tar"))
-    elif any(letter in expanded for letter in "*?["):
+    elif is_pattern(expanded):
         found = glob.glob(expanded)
     else:
         names = expand_urls(expanded) if expanded else []
@@ -119,7 +120,7 @@ def find_shards(spec: str, key: str = "data.train", remote: bool = False) -> lis
 
 def _find_remote(spec: str, key: str, expand_urls: Callable[[str], list[str]]) -> list[str]:
     """Addresses as they are, braces expanded; of a folder (ending in /) or a glob what is there."""
-    if spec.startswith("pipe:") or not (spec.endswith("/") or any(letter in spec for letter in "*?[")):
+    if spec.startswith("pipe:") or not (spec.endswith("/") or is_pattern(spec)):
         return sorted(expand_urls(spec))
     from simla_ds.data.remote import listing
 
@@ -127,6 +128,11 @@ def _find_remote(spec: str, key: str, expand_urls: Callable[[str], list[str]]) -
     if not found:
         raise ValueError(f"{key}={spec!r} matches no shards")
     return found
+
+
+def is_pattern(spec: str) -> bool:
+    """Whether a name is a glob. In an http address `?` begins the query."""
+    return any(letter in spec for letter in ("*[" if spec.startswith(("http://", "https://")) else "*?["))
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,8 @@ class Shard:
     """Empty, or why samples are missing: "shard truncated", "shard unreadable", "shard empty"."""
     note: str = ""
     """What was stored with the index by whoever chose its samples; empty when all samples are in it."""
+    tar_bytes: int = 0
+    """Size of the tar that a stored index was made of; 0: not known."""
 
     def __len__(self) -> int:
         return len(self.name_ends)
@@ -163,10 +171,16 @@ class Shard:
         return {self.extensions[extension]: (offset, size) for extension, offset, size in rows}
 
 
+class SelectionOutdated(ValueError):
+    """The choice of samples kept with an index was made of another tar."""
+
+
 def open_shard(path: str) -> Shard:
     """Index of a tar: from PATH.index.npz when that is of this very tar, else from the headers, and then kept there.
 
-    Of a file that holds no sample nothing is kept: it may be no tar at all.
+    A choice of samples stands in that file only, so it is never lost: copying a tar changes its time, and where size
+    and headers show the same samples the choice holds; else SelectionOutdated is raised. Of a file that holds no sample
+    nothing is kept: it may be no tar at all.
     """
     try:
         stamp = _stamp(path)
@@ -175,10 +189,31 @@ def open_shard(path: str) -> Shard:
     shard = load_index(_sidecar(path), path, stamp)
     if shard is None:
         shard = index_tar(path)
+        stored = load_index(_sidecar(path), path)
+        if stored is not None and stored.note:
+            _require_same_tar(stored, shard, stamp["bytes"])
+            shard = stored
         if len(shard):
             with contextlib.suppress(OSError):  # where the folder cannot be written, the headers are read each time
                 save_index(_sidecar(path), shard, stamp)
     return shard
+
+
+def _require_same_tar(selection: Shard, now: Shard, tar_bytes: int) -> None:
+    """Raise SelectionOutdated unless the chosen samples are where they were, in a tar of the same size."""
+    places = {(now.key(i), *sorted(now.sample(i).items())) for i in range(len(now))}
+    chosen = [(selection.key(i), *sorted(selection.sample(i).items())) for i in range(len(selection))]
+    moved = sum(place not in places for place in chosen)
+    if tar_bytes != selection.tar_bytes:
+        difference = f"the tar has {tar_bytes} bytes, had {selection.tar_bytes}"
+    elif moved:
+        difference = f"{moved} of the {len(chosen)} chosen samples are not where they were"
+    else:
+        return
+    raise SelectionOutdated(
+        f"{selection.path} is not the tar that its samples were chosen of ({difference}): run `simla prepare` on it "
+        f"again, or delete {_sidecar(selection.path)} to use all {len(now)} samples"
+    )
 
 
 def load_index(file: str, path: str, stamp: Mapping[str, Any] | None = None) -> Shard | None:
@@ -189,16 +224,17 @@ def load_index(file: str, path: str, stamp: Mapping[str, Any] | None = None) -> 
             if all(header[name] == value for name, value in (stamp or {"version": INDEX_VERSION}).items()):
                 arrays = {name: stored[name] for name in _ARRAYS}
                 extensions, note = tuple(header["extensions"]), header.get("note", "")
-                return Shard(path, **arrays, extensions=extensions, problem=header["problem"], note=note)
+                problem, tar_bytes = header["problem"], header.get("bytes", 0)
+                return Shard(path, **arrays, extensions=extensions, problem=problem, note=note, tar_bytes=tar_bytes)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         pass  # none, or half-written by another program
     return None
 
 
 def store_selection(shard: Shard, chosen: Iterable[int], note: str) -> None:
-    """Keep an index beside the tar with only the chosen samples: open_shard then knows no others.
+    """Keep an index beside the tar with only the chosen samples: open_shard then knows no others of this tar.
 
-    It holds until the tar changes. note: why, as Shard.note. Raises OSError where the folder cannot be written.
+    note: why, as Shard.note. Raises OSError where the folder cannot be written.
     """
     samples = [(shard.key(i), shard.sample(i)) for i in chosen]
     selected = _to_shard(shard.path, samples, shard.problem, note or "selection")
@@ -211,14 +247,14 @@ def index_tar(path: str) -> Shard:
     problem = cut_key = ""
     try:
         with open(path, "rb") as file:
-            for name, offset, size in _walk(file, os.fstat(file.fileno()).st_size):
+            for name, offset, size in walk(file, os.fstat(file.fileno()).st_size):
                 key, extension = _split(name)
                 if not extension:
                     continue
                 if not samples or samples[-1][0] != key or extension in samples[-1][1]:
                     samples.append((key, {}))
                 samples[-1][1][extension] = (offset, size)
-    except _Damaged as damage:
+    except Damaged as damage:
         problem, cut_key = damage.reason, _split(damage.name)[0]
     except OSError:
         problem = "shard unreadable"
@@ -280,72 +316,6 @@ class ShardFiles:
 def most_bytes(extension: str) -> int:
     """Size above which a member with this extension is not read."""
     return MAX_TEXT_BYTES if extension in TEXTS else MAX_MEMBER_BYTES
-
-
-class _Damaged(Exception):
-    """The tar ends or breaks within `name`."""
-
-    def __init__(self, reason: str, name: str = ""):
-        self.reason, self.name = reason, name
-
-
-def _walk(file, end: int) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, bytes) of a tar's regular files (ustar, GNU, pax); unlike tarfile, say where it breaks."""
-    position, override = 0, {}
-    while True:
-        file.seek(position)
-        header = file.read(_BLOCK)
-        if len(header) < _BLOCK:
-            raise _Damaged("shard truncated")
-        if not header.rstrip(b"\0"):
-            return
-        size = _number(header[124:136])
-        if size is None or _number(header[148:156]) != sum(header[:148]) + sum(header[156:]) + 8 * 32:
-            raise _Damaged("shard unreadable")
-        size = int(override.get("size", size))
-        name, data = override.get("path") or _name(header), position + _BLOCK
-        if data + size > end:
-            raise _Damaged("shard truncated", name)
-        position = data + -(-size // _BLOCK) * _BLOCK
-        kind = header[156:157]
-        if kind == b"L":
-            override["path"] = file.read(min(size, 1 << 16)).rstrip(b"\0").decode("utf-8", "replace")
-        elif kind == b"x":
-            override.update(_pax_records(file.read(min(size, 1 << 20))))
-        elif kind not in (b"g", b"K"):
-            override = {}
-            if kind in (b"0", b"\0", b"7"):
-                yield name, data, size
-
-
-def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name.decode("utf-8", "replace")
-
-
-def _number(field: bytes) -> int | None:
-    """A number of a tar header: octal digits, or big-endian bytes after 0x80."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-    except ValueError:
-        return None
-
-
-def _pax_records(data: bytes) -> dict[str, str]:
-    """path and size of a pax header: records of the form `LENGTH KEY=VALUE\\n`."""
-    records = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
-            raise _Damaged("shard unreadable")
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-        data = data[int(length) :]
-    return {key: records[key] for key in ("path", "size") if key in records}
 
 
 def _split(name: str) -> tuple[str, str]:

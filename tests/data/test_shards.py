@@ -2,11 +2,20 @@
 
 import io
 import os
+import shutil
 import tarfile
 
 import pytest
 
-from simla_ds.data.shards import ShardFiles, find_shards, index_tar, open_shard, write_shards
+from simla_ds.data.shards import (
+    SelectionOutdated,
+    ShardFiles,
+    find_shards,
+    index_tar,
+    open_shard,
+    store_selection,
+    write_shards,
+)
 
 
 def pairs(count):
@@ -88,6 +97,47 @@ def test_the_stored_index_is_used_until_the_tar_changes(tmp_path):
     sidecar.write_bytes(stored[:100])
     assert read_all(open_shard(path)) == pairs(6)
     assert find_shards(str(tmp_path)) == [path]  # neither the index nor a leftover is taken for a shard
+
+
+def test_a_choice_of_samples_outlives_a_copy_that_changes_times(tmp_path):
+    path = str(write_shards(pairs(4), tmp_path / "a", 10)[0])
+    store_selection(index_tar(path), [1, 3], "without those of the test set")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    copy = str(tmp_path / "b" / "shard-000000.tar")
+    os.utime(copy, (1, 1))
+    for _ in range(2):  # then the index has the copy's time
+        assert read_all(open_shard(copy)) == pairs(4)[1::2]
+        assert open_shard(copy).note == "without those of the test set"
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda tar: tar + bytes(512), "bytes, had"),
+        (lambda tar: tar.replace(b"0003.jpg", b"0004.jpg").replace(b"0003.json", b"0004.json"), "1 of the 2 chosen"),
+    ],
+)
+def test_a_choice_of_samples_is_not_lost_with_a_tar_that_changes(tmp_path, change, difference):
+    path = write_shards(pairs(4), tmp_path, 10)[0]
+    store_selection(index_tar(str(path)), [1, 3], "without those of the test set")
+    sidecar = tmp_path / "shard-000000.tar.index.npz"
+    stored = sidecar.read_bytes()
+    path.write_bytes(fixed_checksums(change(path.read_bytes())))
+    os.utime(path, (1, 1))
+    with pytest.raises(SelectionOutdated, match=rf"shard-000000\.tar is not the tar .*{difference}") as error:
+        open_shard(str(path))
+    assert f"delete {sidecar}" in str(error.value)
+    assert sidecar.read_bytes() == stored
+
+
+def fixed_checksums(tar):
+    """The same tar after names in its headers were changed."""
+    changed = bytearray(tar)
+    for start in range(0, len(changed), 512):
+        if changed[start + 257 : start + 262] == b"ustar":
+            changed[start + 148 : start + 156] = b" " * 8
+            changed[start + 148 : start + 156] = b"%06o\0 " % sum(changed[start : start + 512])
+    return bytes(changed)
 
 
 def test_a_folder_that_cannot_be_written_does_without_the_stored_index(tmp_path, monkeypatch):

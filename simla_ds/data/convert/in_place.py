@@ -25,7 +25,7 @@ from simla_ds.data.convert.writer import (
     write_dropped,
     write_json,
 )
-from simla_ds.data.shards import Shard, find_shards, index_tar, open_shard, store_selection
+from simla_ds.data.shards import SelectionOutdated, Shard, find_shards, index_tar, open_shard, store_selection
 
 
 def check_in_place(
@@ -96,6 +96,9 @@ def _judged(
 
 def _stored_record(path: str, settings: Settings) -> ShardRecord | None:
     """The record of an earlier check with these settings, if the tar is still the same."""
-    note = open_shard(path).note
+    try:
+        note = open_shard(path).note
+    except SelectionOutdated:
+        return None
     stored = json.loads(note) if note.startswith("{") else {}
     return ShardRecord(**stored["record"]) if stored.get("settings") == settings.as_json() else None

@@ -53,6 +53,16 @@ def test_broken_shards_are_checked_where_they_are(tmp_path):
     }
 
 
+def test_a_tar_that_has_changed_is_judged_again(tmp_path):
+    broken_shards(tmp_path / "shards")
+    first = find_shards(str(tmp_path / "shards"))[0]
+    whole = check_in_place(str(tmp_path / "shards"), workers=1, progress=False)
+    os.replace(find_shards(str(tmp_path / "shards"))[1], first)
+    changed = check_in_place(first, workers=1, progress=False)
+    assert changed["rows"] < whole["rows"]
+    assert len(open_shard(first)) == changed["kept"]
+
+
 def test_a_broken_folder(tmp_path):
     """The same samples as files; texts come from .txt files here, so those with a json have none."""
     usable, unusable = broken_samples()
