@@ -75,11 +75,11 @@ def build(config: Config, ranks: Ranks, dtype: torch.dtype, building: AbstractCo
     config = replace(config, model=replace(config.model, vocabulary=vocabulary))
     view_size = visual_tokenizer.view_size if visual_tokenizer else 0
     loader = PairLoader(config, tokenizer, view_size, ranks.rank, ranks.world_size)
-    _check_sizes(config, loader.epoch_size)
+    check_sizes(config, loader.epoch_size)
     torch.manual_seed(config.train.seed)  # the same start weights on every rank
     with building:
         model = Simla(config.model)
-        _check_disk(config, sum(p.numel() for p in model.parameters()))
+        check_disk(config, sum(p.numel() for p in model.parameters()))
         for report in initialise(model, config.init):
             ranks.say(str(report))
         model.temperature.clamp_()
@@ -130,7 +130,8 @@ def _prepare_scenes(root: Path, train: int, size: int, grid: int, ranks: Ranks) 
         raise ValueError(problem)
 
 
-def _check_sizes(config: Config, epoch_size: int) -> None:
+def check_sizes(config: Config, epoch_size: int) -> None:
+    """Raise ValueError when queue or captions do not go with an epoch of so many examples, or with the model."""
     queue = config.objectives.itc.queue_size
     if queue > epoch_size // 4:
         raise ValueError(
@@ -144,7 +145,8 @@ def _check_sizes(config: Config, epoch_size: int) -> None:
         )
 
 
-def _check_disk(config: Config, parameters: int) -> None:
+def check_disk(config: Config, parameters: int) -> None:
+    """Raise ValueError when a run's checkpoints would not fit the disk."""
     folder = Path(config.output)
     while not folder.exists():
         folder = folder.parent

@@ -20,7 +20,7 @@ from simla_ds.downstream.examples import ExampleLoader, ExampleMaker, held_out_b
 from simla_ds.downstream.tasks import ANSWERS, load_annotations, make_task, read_answers
 from simla_ds.downstream.text_assignment import AssignmentNetwork
 from simla_ds.downstream.vqa import answer_list, given_answers
-from simla_ds.engine.build import Parts, same_model, with_data_paths
+from simla_ds.engine.build import Parts, check_disk, check_sizes, same_model, with_data_paths
 from simla_ds.engine.distributed import Ranks, broadcast_object, gather_objects
 from simla_ds.engine.watch import plain_student
 from simla_ds.engine.zero_teacher import Engine, EngineSource
@@ -59,8 +59,10 @@ def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype, building:
     loader = ExampleLoader(
         config, train, ExampleMaker(config, downstream, tokenizer, train=True), ranks.rank, ranks.world_size
     )
+    check_sizes(config, loader.epoch_size)
     with building:
         model = _network(downstream, config, pretrained)
+        check_disk(config, sum(p.numel() for p in model.parameters()))
     if pretrained is not None:
         ranks.say(f"{config.init.checkpoint}: pretrained weights loaded")
     model.set_activation_checkpointing(config.train.activation_checkpointing)

@@ -35,25 +35,25 @@ RANKS = Ranks(0, 0, 1, torch.device("cpu"))
 
 def test_a_queue_larger_than_a_quarter_of_the_data_is_refused_with_both_numbers():
     config = Config(objectives=ObjectivesConfig(itc=ContrastiveConfig(queue_size=26)))
-    build._check_sizes(config, 104)
+    build.check_sizes(config, 104)
     with pytest.raises(ValueError, match=r"queue_size=26 .* 103 training pairs.*<= 25"):
-        build._check_sizes(config, 103)
+        build.check_sizes(config, 103)
 
 
 def test_captions_longer_than_the_position_table_are_refused():
     stream = StreamConfig(max_positions=128)
     config = Config(data=DataConfig(max_tokens=129), model=ModelConfig(stream=stream))
     with pytest.raises(ValueError, match=r"data.max_tokens=129 .*max_positions=128"):
-        build._check_sizes(config, 10**6)
+        build.check_sizes(config, 10**6)
 
 
 def test_too_little_disk_for_the_checkpoints_is_refused_with_both_sizes(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 0, 2**30))
     config = Config(output=str(tmp_path / "run"), train=TrainConfig(keep_checkpoints=2))
-    build._check_disk(config, 10**6)
+    build.check_disk(config, 10**6)
     with pytest.raises(ValueError, match=r"1\.0 GiB free, .*need about 5\.0 GiB"):
-        build._check_disk(config, 10**8)
+        build.check_disk(config, 10**8)
     assert not (tmp_path / "run").exists()
 
 

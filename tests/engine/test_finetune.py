@@ -107,7 +107,7 @@ def test_a_bad_annotation_file_ends_with_status_2_before_anything_is_written(dat
     keys += ("--data.tokenizer", str(data.parent / "tokenizer"))
     done = finetune(*keys, data=data, output=tmp_path / "run", ranks=1)
     assert done.returncode == 2
-    assert "entry 0: key 'question_id' must hold a number" in done.stderr
+    assert "entry 0: key 'answer' must hold a text or a list of texts" in done.stderr
     assert "entry 1: key 'question' is missing" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
