@@ -64,9 +64,11 @@ OVERRIDES: dict[tuple[str, str, str], LaunchConfig] = {
     ("layer_norm.backward", "medium", "gfx942"): LaunchConfig({"BLOCK_ROWS": 1}, num_warps=2),
     ("layer_norm.backward", "wide", "gfx942"): LaunchConfig({"BLOCK_ROWS": 1}, num_warps=8),
     ("cross_attention.forward", "half d64 long", "sm_100"): LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8),
+    ("cross_attention.forward", "half d128 short", "sm_100"): LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4),
     # a load pipeline costs registers on gfx942, and dk, dv have none to give
     ("cross_attention.dkdv", "half d64 short", "gfx942"): LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 32}, 4, 1),
     ("cross_attention.dkdv", "half d64 long", "gfx942"): LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 32}, 4, 1),
+    ("cross_attention.dkdv", "half d128 short", "gfx942"): LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 32}, 8, 1),
     ("cross_attention.dkdv", "half d128 long", "gfx942"): LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 32}, 8, 1),
 }
 """(kernel, size class, architecture) -> what suits that architecture better."""
