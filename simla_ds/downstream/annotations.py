@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,10 +86,18 @@ class BadAnnotations(ValueError):
         self.problems = problems
 
 
+def read_json(file: Path) -> Any:
+    """Return what a JSON file holds; of JSON Lines (*.jsonl) the list of its lines. Raises ValueError, OSError."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return json.loads(text)
+
+
 def read_annotations(file: Path, image_root: Path | None) -> Annotations:
-    """Read a JSON list of objects. ValueError when the file is none; its entries are not checked here."""
+    """Read a JSON list of objects, or JSON Lines. ValueError when the file is none; entries are not checked here."""
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = read_json(file)
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -110,10 +119,11 @@ def check_annotations(
     Raises BadAnnotations with all that was found.
     """
     problems, names = [], Counter()
+    there = cache(annotations.pictures.has)  # many entries may be about one picture
     for number, entry in enumerate(annotations.entries):
         wrong = list(problems_of(entry))
         if not wrong:
-            missing = [name for name in pictures_of(entry) if not annotations.pictures.has(name)]
+            missing = [name for name in pictures_of(entry) if not there(name)]
             wrong = [f"picture {name} is missing" for name in missing]
             if (name := identity(entry)) is not None:
                 names[name] += 1

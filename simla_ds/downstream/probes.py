@@ -15,7 +15,6 @@ I pictures and C >= I captions a probe; caption i is right for picture i. Scenes
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,14 @@ from torch import Tensor
 
 from simla_ds.data.processor import SimlaProcessor
 from simla_ds.data.sample import SkipSample, read_picture
-from simla_ds.downstream.annotations import Annotations, Entry, FolderPictures, check_annotations, wrong_text
+from simla_ds.downstream.annotations import (
+    Annotations,
+    Entry,
+    FolderPictures,
+    check_annotations,
+    read_json,
+    wrong_text,
+)
 from simla_ds.downstream.scenes import scene_annotations
 from simla_ds.hub import load_model_folder
 from simla_ds.model.simla import Simla
@@ -62,8 +68,7 @@ def load_probes(source: str, image_root: str = "", *, limit: int = 0) -> Annotat
 def read_probes(file: Path, image_root: Path | None) -> Annotations:
     """Read a file of any format and give its probes ours; what is not there stays away, for the check to tell."""
     try:
-        text = file.read_text(encoding="utf-8")
-        content = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
+        content = read_json(file)
     except (ValueError, OSError) as error:
         raise ValueError(f"{file} cannot be read as probes: {error}") from error
     raw = list(content.values()) if isinstance(content, dict) else content

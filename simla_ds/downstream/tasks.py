@@ -43,11 +43,11 @@ def make_task(
 
 
 def load_annotations(task: str, source: str, image_root: str = "", *, limit: int = 0) -> Annotations:
-    """Return a task's entries, unchecked: of an annotation file (*.json), or made of scenes' shards.
+    """Return a task's entries, unchecked: of an annotation file (*.json, *.jsonl), or made of scenes' shards.
 
     limit: scenes used, 0: all. Raises ValueError.
     """
-    if source.endswith(".json"):
+    if source.endswith((".json", ".jsonl")):
         if not Path(source).is_file():
             raise ValueError(f"{source} is not there; give a JSON annotation file, or a folder of scenes' shards")
         return read_annotations(Path(source), Path(image_root) if image_root else None)

@@ -133,8 +133,9 @@ class Vqa(SupervisedTask):
         return " ".join([entry["question"], *(given_answers(entry) if "answer" in entry else ())])
 
     def identity(self, entry: Entry) -> Hashable | None:
-        """Return the question's id, which is its data set's own."""
-        return (entry.get("dataset"), entry["question_id"]) if "question_id" in entry else None
+        """Return the question's id, which is its data set's own; None without."""
+        number = entry.get("question_id")
+        return f"{entry['dataset']} {number}" if number is not None and "dataset" in entry else number
 
     def remarks(self, annotations: Annotations) -> list[str]:
         """Say which answers of the list are one and the same to the tokenizer, as unknown words are."""

@@ -9,6 +9,7 @@ from simla_ds.downstream.grounding import Grounding
 from simla_ds.downstream.nlvr2 import Nlvr2
 from simla_ds.downstream.retrieval_tuning import Retrieval
 from simla_ds.downstream.snli_ve import SnliVe
+from simla_ds.downstream.tasks import load_annotations
 from simla_ds.downstream.vqa import Vqa
 
 GOOD = {
@@ -44,6 +45,15 @@ def problems(task, annotations, train=False):
 def test_an_entry_of_the_documented_format_passes(task, read):
     checked = TASKS[task]().checked(read([GOOD[task]]), train=True)
     assert len(checked.entries) == (2 if task == "retrieval" else 1)  # a row per caption
+
+
+def test_json_lines_are_read_as_a_list(read, tmp_path):
+    entries = read([GOOD["vqa"], GOOD["vqa"]]).entries
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries) + "\n")
+    assert load_annotations("vqa", str(tmp_path / "lines.jsonl")).entries == entries
+    (tmp_path / "lines.jsonl").write_text('{"image": ')
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        load_annotations("vqa", str(tmp_path / "lines.jsonl"))
 
 
 @pytest.mark.parametrize(
