@@ -208,6 +208,8 @@ def _require_same_tar(selection: Shard, now: Shard, tar_bytes: int) -> None:
         difference = f"the tar has {tar_bytes} bytes, had {selection.tar_bytes}"
     elif moved:
         difference = f"{moved} of the {len(chosen)} chosen samples are not where they were"
+    elif places and not chosen:
+        difference = "none of its samples was chosen, so that nothing shows whether it is the same"
     else:
         return
     raise SelectionOutdated(
