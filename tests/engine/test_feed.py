@@ -103,6 +103,7 @@ def test_batches_made_ready_on_a_stream_of_their_own_are_whole():
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_a_run_that_looks_ahead_stops_and_resumes_with_bit_equal_losses(tmp_path):
     data = scenes(tmp_path / "data")
     more = ["--train.steps", "6", "--train.batch_size", "4", "--train.grad_accumulation", "2"]

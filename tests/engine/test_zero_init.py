@@ -1,4 +1,7 @@
-"""Networks built in parts are those built whole, and take the memory of parts. Under the real launcher, on CPU."""
+"""Networks built in parts are those built whole, and take the memory of parts. Under the real launcher, on CPU.
+
+In `make test` test_stages.py trains networks built in parts against whole ones, at stages 0 to 3.
+"""
 
 import json
 
@@ -9,7 +12,7 @@ from tests.engine.launching import launch
 from tests.engine.runs import losses, scenes
 from tests.model.test_pretrained import save_bert, save_vit
 
-pytestmark = pytest.mark.launcher
+pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 
 BUILT = ("scratch", "files", "AnswerNetwork", "PairNetwork", "EntailmentNetwork", "AssignmentNetwork")
 
