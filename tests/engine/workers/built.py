@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -79,7 +80,8 @@ def compare(build: Callable[[], Network], ranks: Ranks) -> dict[str, Any]:
     parts, drawn_in_parts = built(build, ZeroInit(SETTINGS, torch.float32, ranks.device))
     names = [name for name, _ in parts.named_parameters()]
     held = sum(parameter.numel() for parameter in parts.parameters())
-    shares: Any = [parameter.ds_tensor.numel() for parameter in parts.parameters()]  # type: ignore[attr-defined]
+    parameters: Any = list(parts.parameters())  # with DeepSpeed's own attributes
+    shares = [parameter.ds_tensor.numel() for parameter in parameters]
     different = []
     for name, parameter in parts.named_parameters():
         wanted = whole.get_parameter(name)
@@ -148,9 +150,8 @@ def whole(source: EngineSource) -> dict[str, Tensor]:
 def training(data: Path, folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Compare a run whose model was built in parts with one whose model DeepSpeed itself takes apart."""
     parts = train(data, folder / "parts", ranks)
-    real, trainer.ZeroInit = trainer.ZeroInit, lambda *_: nullcontext()  # type: ignore[assignment]
-    first_whole = train(data, folder / "whole", ranks)
-    trainer.ZeroInit = real
+    with patch.object(trainer, "ZeroInit", lambda *_: nullcontext()):
+        first_whole = train(data, folder / "whole", ranks)
     names = [name.removeprefix("end/") for name in parts if name.startswith("end/")]
     return {
         "different": [name for name, value in parts.items() if not torch.equal(value, first_whole[name])],
