@@ -17,8 +17,10 @@ pytestmark = pytest.mark.launcher
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 TRAINED = tuple(f"{stage}:{precision}" for stage in STAGES for precision in ("fp32", "bf16"))
 OFFLOADED = ("zero2_offload:bf16:torchadam", "zero3_offload:fp32:torchadam")
-ALL = (*TRAINED, *OFFLOADED, "zero2:fp16")
-RARE = (  # the other two stages in fp16, and DeepSpeed's own optimizers, which it compiles at first use
+FEW = (*(f"{stage}:bf16" for stage in STAGES), "zero0:fp32", "zero3:fp32", *OFFLOADED, "zero2:fp16")
+RARE = (  # what shares its adapter with one of these, and DeepSpeed's own optimizers, which it compiles at first use
+    "zero1:fp32",
+    "zero2:fp32",
     "zero1:fp16",
     "zero3:fp16",
     "zero0:bf16:fusedadam",
@@ -56,7 +58,7 @@ def two_hundred_steps(tmp_path_factory) -> Reports:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Reports:
     """A few steps of the real task on two ranks: pieces that end within a parameter, empty pieces, padding."""
-    return train(tmp_path_factory.mktemp("ranks"), ALL, "--steps", "8", "--whole-task", ranks=2)
+    return train(tmp_path_factory.mktemp("ranks"), FEW, "--steps", "8", "--whole-task", ranks=2)
 
 
 def check_teacher(report: dict[str, Any], weights: str = "teacher") -> None:
@@ -130,7 +132,7 @@ def test_the_temperature_stays_inside_its_bounds(two_hundred_steps, layout):
     check_temperature(two_hundred_steps[layout])
 
 
-@pytest.mark.parametrize("layout", ALL)
+@pytest.mark.parametrize("layout", FEW)
 def test_two_ranks_agree_on_source_and_teacher(two_ranks, layout):
     report = two_ranks[layout]
     assert report["applied"] == 8
@@ -139,30 +141,30 @@ def test_two_ranks_agree_on_source_and_teacher(two_ranks, layout):
     check_source(report)
 
 
-@pytest.mark.parametrize("layout", ALL)
+@pytest.mark.parametrize("layout", FEW)
 def test_the_temperature_stays_inside_its_bounds_on_two_ranks(two_ranks, layout):
     check_temperature(two_ranks[layout])
 
 
-@pytest.mark.parametrize("layout", ALL)
+@pytest.mark.parametrize("layout", FEW)
 def test_the_source_shows_reloaded_weights(two_ranks, layout):
     assert two_ranks[layout]["drifted"] > 1e-4
     assert two_ranks[layout]["reloaded"] == 0.0
 
 
-@pytest.mark.parametrize("layout", ALL)
+@pytest.mark.parametrize("layout", FEW)
 def test_a_step_after_loading_is_bit_for_bit_the_same_again(two_ranks, layout):
     """Weights alone would not do: moments, update counts, loss scale and dropout's draws enter it as well."""
     assert two_ranks[layout]["continued"] == 0.0
 
 
-@pytest.mark.parametrize("layout", ALL[1:])
+@pytest.mark.parametrize("layout", FEW[1:])
 def test_a_checkpoint_of_another_layout_is_taken_over_exactly(two_ranks, layout):
     """Weights, moments, teacher and update counts that the layout before saved, loaded here and saved again."""
     assert two_ranks[layout]["carried"] == 0.0
 
 
-@pytest.mark.parametrize("layout", ALL)
+@pytest.mark.parametrize("layout", FEW)
 def test_the_first_update_is_a_first_update_in_every_layout(two_ranks, layout):
     # DeepSpeed's step at initialisation (stage 0, bf16 and fp16) would decay the start and make it 0.74
     assert two_ranks[layout]["start"] == 0.0
