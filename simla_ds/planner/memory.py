@@ -157,7 +157,8 @@ def plan_memory(
         "gradients": gradients.resident,
         **_teacher(parameters, share, size, zero.stage, ranks),
         "queue": config.objectives.itc.queue_size * (2 * config.model.projection_size * FULL + 8),
-        "batch": shape.pairs * 3 * config.model.vision.image_size**2 * FULL,
+        # on a card the next one is made ready beside the backward pass
+        "batch": shape.pairs * 3 * config.model.vision.image_size**2 * FULL * (1 if cpu else 2),
         "buckets": FULL * zero.bucket if zero.stage == 3 else 0.0,
     }
     away, host = list[str](), 0.0
