@@ -1,7 +1,9 @@
 """Rows of a plan: what fits, how fast, how much is sent; and the command."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from simla_ds.planner.plan import RESERVED, Hardware, make_plan
 from simla_ds.planner.shape import StepShape
 from simla_ds.planner.speed import bytes_sent, step_seconds
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = changed(SIZES["full"], train__batch_size=32)
 HARDWARE = Hardware(card=CARDS["A100-40"], cards=4)
 PARAMETERS = count_parameters(CONFIG.model)
@@ -160,3 +163,11 @@ def test_other_commands_still_refuse_what_they_do_not_know(capsys):
         main(["doctor", "--train.batch_size", "3"])
     assert caught.value.code == 2
     assert "unrecognized arguments: --train.batch_size 3" in capsys.readouterr().err
+
+
+def test_the_table_of_the_launchers_readme_is_what_the_command_prints(capsys):
+    readme = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`simla (plan .* --markdown)`", readme)
+    assert main(command.replace("launch/", f"{ROOT}/launch/").split()) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert printed == [line for line in readme.split(command)[1].splitlines() if line.startswith("|")]
