@@ -22,7 +22,7 @@ from benchmarks.step_contenders import BUILD, CLOCKS
 from benchmarks.step_process import DTYPES, ContenderProcess
 from benchmarks.step_sizes import SIZES
 from benchmarks.timing import environment
-from simla_kernels.linear_chunks import has_bf16_units
+from simla_kernels.half import has_bf16_units
 
 TOGETHER = ("tiny", "small")
 """Sizes whose contenders all stay in memory; of others one at a time is built, warmed up, timed and ended."""

@@ -22,7 +22,7 @@ from benchmarks.step_contenders import ALPHA, BUILD, Clock, Contender, Ours
 from benchmarks.step_sizes import SIZES, changed, make_batch, make_task, with_negatives
 from simla_ds.config import Config
 from simla_ds.types import Batch
-from simla_kernels.linear_chunks import has_bf16_units
+from simla_kernels.half import has_bf16_units
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = (2048, 768, 3072)

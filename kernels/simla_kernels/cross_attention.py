@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simla_kernels import dispatch
+from simla_kernels import dispatch, half
 from simla_kernels.dropout import as_seed, keep_mask, philox_uniform
 
 aten = torch.ops.aten
@@ -64,7 +64,7 @@ def _is_flash(q: Tensor, queries: int, keys: int, dropout_p: float) -> bool:
     It wins over many keys, with AVX512 only if the queries are many as well. Over few keys it gains nothing, and its
     approximate exponential shows in gradients that nearly cancel.
     """
-    if q.device.type != "cpu" or q.dtype != torch.float32 or dropout_p or keys < LONG_ROW:
+    if q.device.type != "cpu" or half.operand_dtype(q) != torch.float32 or dropout_p or keys < LONG_ROW:
         return False
     return queries >= LONG_ROW or torch.backends.cpu.get_cpu_capability() != "AVX512"
 
@@ -112,6 +112,9 @@ def _torch_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor | None, p: float, seed: Tensor, cls: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, what backward needs (log-sum-exp where flash runs, else nothing) and the [CLS] row."""
+    if (wide := half.operand_dtype(q)) != q.dtype:
+        out, state, row = _torch_forward(q.to(wide), k.to(wide), v.to(wide), mask, index, p, seed, cls)
+        return out.to(q.dtype), state, row
     k, v, mask = _read_by(index, k), _read_by(index, v), None if mask is None else _read_by(index, mask)
     row = _weights(q[:, :, :1].float(), k.float(), mask)[:, :, 0] if cls else _no_row(q)
     if _is_flash(q, q.shape[2], k.shape[2], p):
@@ -128,6 +131,11 @@ def _torch_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, state: Tensor,
     mask: Tensor | None, index: Tensor | None, p: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if (wide := half.operand_dtype(q)) != q.dtype:
+        dout, *read = (t.to(wide) for t in (dout, q, k, v))
+        out = None if out is None else out.to(wide)
+        dq, dk, dv = _torch_backward(dout, *read, out, state, mask, index, p, seed)
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
     key_rows = k.shape[0]
     k, v, mask = _read_by(index, k), _read_by(index, v), None if mask is None else _read_by(index, mask)
     is_flash = _is_flash(q, q.shape[2], k.shape[2], p)

@@ -110,7 +110,7 @@ def _(q, k, v, cu_q, cu_k, max_q, max_k, index, p, seed, cls):
     if _by_triton("cross_attention_varlen", q, k, v):
         state = q.new_empty((heads, q.shape[0]), dtype=torch.float32)
     elif _is_flash(q, max_q, max_k, p):
-        state = q.new_empty((rows, heads, max_q))
+        state = q.new_empty((rows, heads, max_q), dtype=torch.float32)
     return q.new_empty(q.shape), state, q.new_empty((rows, heads, max_k) if cls else (0,), dtype=torch.float32)
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from simla_kernels import half
 
 CHUNK_BYTES = 16 * 2**20
 """Memory for one chunk of fp32 logits on a CPU: 512 rows of 8,192 classes, 137 of 30,522; the teacher's as much."""
@@ -75,7 +76,7 @@ def losses_and_gradients(
     if h.shape[0] == 0:
         for gradient in gradients:
             gradient.zero_()
-    h, teacher = operand(h), teacher and (operand(teacher[0]), teacher[1])
+    h, teacher = half.operand(h), teacher and (half.operand(teacher[0]), teacher[1])
     scale = FP16_SCALE if h.dtype == torch.float16 else 1.0  # on a card: operands on a CPU are not fp16
     with without_autocast(h.device):
         for rows in _chunks(h.shape[0], weight):
@@ -152,33 +153,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-def operand_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a matrix is multiplied in."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    on_cpu_without = x.device.type == "cpu" and not (x.dtype == torch.bfloat16 and has_bf16_units())
-    return torch.float32 if half and on_cpu_without else x.dtype
-
-
-def operand(x: Tensor) -> Tensor:
-    """Return a matrix in the dtype that it is multiplied in."""
-    return x.to(operand_dtype(x))
-
-
-@cache
-def has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 matrices faster than fp32 ones."""
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
 def weight_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield (classes, their rows of the weight as an operand): all at once, or CPU_BLOCK at a time in fp32 on a CPU."""
     classes = weight.shape[0]
-    blocked = weight.device.type == "cpu" and not (weight.dtype == torch.bfloat16 and has_bf16_units())
+    blocked = weight.device.type == "cpu" and not (weight.dtype == torch.bfloat16 and half.has_bf16_units())
     step = CPU_BLOCK if blocked else classes
     for start in range(0, classes, step):
         part = slice(start, min(start + step, classes))
-        yield part, operand(weight[part])
+        yield part, half.operand(weight[part])
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -235,7 +217,7 @@ def empty_gradients(h: Tensor, weight: Tensor, wanted: list[bool]) -> Gradients:
         h=torch.empty(h.shape if of_h else (0,), dtype=dtype, device=h.device),
         weight=torch.empty(
             (0,) if not of_weight else (h.shape[0], weight.shape[0]) if kept else weight.shape,
-            dtype=operand_dtype(h) if kept else dtype,
+            dtype=half.operand_dtype(h) if kept else dtype,
             device=h.device,
         ),
         bias=torch.empty(weight.shape[0] if of_bias else 0, dtype=dtype, device=h.device),
@@ -271,7 +253,7 @@ def _(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op("simla_kernels::linear_weight_gradient", mutates_args=())
 def weight_gradient(dz: Tensor, h: Tensor, by: Tensor) -> Tensor:
     """Return dz^T h * by (V, K) in h's dtype, of a dz that was kept."""
-    factor = operand(h)
+    factor = half.operand(h)
     total = torch.empty(dz.shape[1], h.shape[1], dtype=exact(h.dtype), device=h.device)
     with without_autocast(h.device):
         if factor.dtype == total.dtype:

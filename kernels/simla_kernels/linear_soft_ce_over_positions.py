@@ -18,13 +18,13 @@ from torch import Tensor
 
 from simla_kernels import dispatch
 from simla_kernels.dispatch import Operation
+from simla_kernels.half import operand
 from simla_kernels.linear_chunks import (
     add_product,
     check_device,
     check_head,
     chunk_bytes,
     exact,
-    operand,
     product,
     scaled_gradient,
     without_autocast,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simla_kernels import checking, linear_chunks
+from simla_kernels import checking, half, linear_chunks
 
 FP32_TOLERANCE = 1e-5
 HALF_FLOOR = 2e-4  # of the largest entry: where PyTorch happens to be exact, ours may still round once
@@ -65,7 +65,7 @@ def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     def add_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         return out.add_(a.to(out.dtype) @ b.to(out.dtype))
 
-    monkeypatch.setattr(linear_chunks, "operand_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(half, "operand_dtype", lambda x: x.dtype)
     for module in (linear_chunks, importlib.import_module("simla_kernels.linear_soft_ce_over_positions")):
         monkeypatch.setattr(module, "product", product)
         monkeypatch.setattr(module, "add_product", add_product)

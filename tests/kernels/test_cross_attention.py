@@ -27,8 +27,9 @@ attend: Any = cross_attention  # returns a tensor or, asked for [CLS], a pair
 
 @pytest.fixture(autouse=True, params=["AVX2", "AVX512"])
 def _on_either_kind_of_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Which of the two paths a caption takes depends on the CPU; both run on any."""
+    """Which of the two paths a caption takes depends on the CPU, and what half precision is multiplied in; all run."""
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: request.param)
+    monkeypatch.setattr("simla_kernels.half.has_bf16_units", lambda: request.param == "AVX512")
 
 
 def tokens(rows: int, length: int, seed: int, dim: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -196,8 +197,9 @@ def test_opcheck_passes(op: str, dropout_p: float):
     torch.library.opcheck(operation, tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments))
 
 
-def test_flash_path_passes_opcheck():
-    given = inputs(130, 129)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flash_path_passes_opcheck(dtype: torch.dtype):
+    given = inputs(130, 129, dtype=dtype)
     torch.library.opcheck(
         torch.ops.simla_kernels.cross_attention.default,
         (*given.values(), None, None, 0.0, torch.tensor([0]), False),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from simla_kernels import backend, checking, linear_chunks
+from simla_kernels import backend, checking, half, linear_chunks
 from simla_kernels.linear_soft_ce import linear_soft_ce, linear_soft_ce_reference
 from tests.kernels.linear_heads import (
     FP32_TOLERANCE,
@@ -71,7 +71,7 @@ def test_half_precision_is_no_worse_than_torch(dtype: torch.dtype, reduction: st
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_bf16_units_of_a_cpu_do_not_make_it_worse(reduction: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear_chunks, "has_bf16_units", lambda: True)
+    monkeypatch.setattr(half, "has_bf16_units", lambda: True)
     monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 100 * 4 * 731)
     for rows in (30, 257):  # kept dz; three chunks
         given = inputs(rows, width=64, classes=731, reduction=reduction, dtype=torch.bfloat16)
