@@ -33,7 +33,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder, such as RUN/final")
     parser.add_argument("--weights", default="student", choices=("student", "teacher"), help="whose (default: student)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--annotations", type=Path, metavar="FILE", help="JSON list of entries (see below)")
+    source.add_argument("--annotations", type=Path, metavar="FILE", help="JSON list or .jsonl of entries (see below)")
     source.add_argument("--data", metavar="SHARDS", help="WebDataset shards: pairs for retrieval, else scenes")
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="where paths start (default: FILE's folder)")
     how = parser.add_mutually_exclusive_group()

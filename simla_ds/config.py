@@ -426,7 +426,7 @@ class OptimConfig:
     warmup_samples: int = 2_000
     """Pairs of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up."""
+    """Learning rate after the warm-up: down to min_learning_rate, or as it is."""
     reference_batch: int = 32
     """Pairs per optimizer step that the learning rates and the teacher's momentum are stated for."""
     scale: Literal["sqrt", "linear", "none"] = "sqrt"
@@ -456,7 +456,7 @@ class TrainConfig:
     batch_size: int = 32
     """Pairs per rank and micro-step."""
     grad_accumulation: int = 1
-    """Micro-steps per optimizer step."""
+    """Micro-steps per optimizer step. ITC's and ITM's negatives are those of one micro-step, and the queue."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Training dtype. auto: bf16 where it is fast, fp16 on cards without it, fp32 on CPUs without bf16 units."""
     seed: int = 0
@@ -492,8 +492,9 @@ class TrainConfig:
 class EvalConfig:
     """Watching it learn, on held-out pairs."""
 
-    every: int = 500
-    """Optimizer steps between evaluations; 0: never."""
+    every: float = 500
+    """Optimizer steps between evaluations. Below 1 a share of the run, however many pairs a step has: 0.125 is eight
+    times. 0: never."""
     samples: int = 500
     """Held-out pairs used."""
     batch_size: int = 50
@@ -508,6 +509,13 @@ class EvalConfig:
 
     def __post_init__(self):
         _require(self.patience >= 0, f"eval.patience must be >= 0, got {self.patience}")
+        whole = self.every < 1 or self.every == int(self.every)
+        _require(self.every >= 0 and whole, f"eval.every must be whole steps or a share below 1, got {self.every}")
+
+    def is_due(self, step: int, total: int) -> bool:
+        """Whether an evaluation comes after this step of `total`, besides those at the start and at the end."""
+        steps = self.every * total if self.every < 1 else self.every
+        return steps > 0 and step // steps > (step - 1) // steps
 
 
 @dataclass(frozen=True, kw_only=True)

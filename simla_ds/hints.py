@@ -39,6 +39,8 @@ _EVERYDAY = {
 """What keys are called elsewhere."""
 _ELSEWHERE = {"task": "launch/finetune.py"}
 """Keys of other programmes."""
+_LAUNCHERS = ("num_accelerators", "num_gpus", "num_nodes", "include", "exclude", "hostfile", "master_port")
+"""Options of DeepSpeed's launcher, which reads them only before the script."""
 _CLOSE = 0.8
 """Likeness (difflib's ratio) of what may be meant."""
 
@@ -53,6 +55,8 @@ def explain(message: str, program: str, kind: type, keys: Sequence[str]) -> str:
             key = ".".join(match.groupdict().values())
             if key in _ELSEWHERE:
                 return f"there is no key {key} here; it is one of {_ELSEWHERE[key]}"
+            if key in _LAUNCHERS:
+                return f"there is no key {key}; it is an option of the launcher: deepspeed --{key} ... {program} ..."
             near = nearest(key, keys)
             return f"there is no key {key}{f'; did you mean --{near}?' if near else f'; see {program} --help'}"
     if (wrong := _WRONG_TYPE.match(message)) and (words := _words(_type_of(kind, wrong["key"]))):

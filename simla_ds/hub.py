@@ -94,7 +94,7 @@ class SimlaOutput(ModelOutput):
     """(I, T) cosines, -1 to 1: quick, for ranking. ITC trains softmax(similarity / temperature) of a whole batch, so
     a cosine alone is no probability."""
     itm_logits: Tensor | None = None
-    """(B, 2): softmax(-1)[:, 1] is the probability that picture and caption of a pair belong together."""
+    """(B, 2) in the weights' dtype: softmax(-1)[:, 1] is the probability that picture and caption of a pair belong together."""
 
 
 class SimlaModel(PreTrainedModel):
@@ -120,10 +120,9 @@ class SimlaModel(PreTrainedModel):
         """Load as transformers does, but refuse (ValueError) another network, and weights that lack a parameter."""
         folder = Path(str(pretrained_model_name_or_path))
         if (folder / CONFIG).is_file() and (task := _read_config(folder).task) != Simla.task:
-            network = TASK_NETWORKS.get(task, "its network").rpartition(".")[2]
-            raise ValueError(
-                f"{folder} holds a model for {task!r}; load it with simla_ds.hub.load_model_folder({folder}, {network})"
-            )
+            module, _, network = TASK_NETWORKS.get(task, "").rpartition(".")
+            load = f"load_model_folder({str(folder)!r}, {network}) with: from {module} import {network}"
+            raise ValueError(f"{folder} holds a model for {task!r}; {f'use {load}' if network else 'not this one'}")
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -133,21 +132,22 @@ class SimlaModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """(I, 3, S, S) normalised pictures to (I, E) float32 unit vectors."""
+        """(I, 3, S, S) normalised pictures, in the weights' dtype, to (I, E) float32 unit vectors."""
         return self.model.image_feature(self.model.image_encoder(pixel_values))
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(T, L) token ids and mask (1 at tokens; None: all but padding) to (T, E) float32 unit vectors."""
+        """(T, L) int64 token ids and mask (1 at tokens; None: all but padding) to (T, E) float32 unit vectors."""
         rows = self.model.stream.embeddings(input_ids)
         return self.model.text_feature(self.model.stream(rows, self._text_mask(input_ids, attention_mask))[0])
 
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> SimlaOutput:
-        """Compare pictures (I, 3, S, S) with captions (T, L): cosines of all, ITM of pairs.
+        """Compare pictures (I, 3, S, S), in the weights' dtype, with captions (T, L) int64: cosines of all, ITM of pairs.
 
-        Pair b is picture b and caption b; a single picture or caption is paired with each of the others.
-        ValueError when I and T differ and neither is 1.
+        Pair b is picture b and caption b; a single picture or caption is paired with each of the others. Without
+        attention_mask all tokens but padding count; what else a processor gives is passed over. ValueError when I and T
+        differ and neither is 1.
         """
         pictures, captions = len(pixel_values), len(input_ids)
         if pictures != captions and 1 not in (pictures, captions):
@@ -242,6 +242,9 @@ def load_model_folder(folder: Path, kind: type[N] = Simla, device: str = "cpu") 
         folder: pretraining's, or with `kind` that of a downstream task's network.
         kind: the network it must hold.
         device: where the network goes; `auto`: a CUDA card where there is one.
+
+    Returns:
+        The network, with the stored dtype's weights, and the configuration that config.json holds.
 
     Raises:
         ValueError: as read_model_folder, or no such device.

@@ -11,6 +11,7 @@ from simla_ds.config import (
     ContrastiveConfig,
     CrossModalConfig,
     DataConfig,
+    EvalConfig,
     MaskedLanguageConfig,
     MatchingConfig,
     ModelConfig,
@@ -54,6 +55,7 @@ ALL_OFF: dict[str, Any] = {
         (lambda: ContrastiveConfig(queue_size=-1), ["objectives.itc.queue_size", ">= 0", "-1"]),
         (lambda: MaskedLanguageConfig(probability=0), ["objectives.mlm.probability", "(0, 1)", "got 0"]),
         (lambda: CrossModalConfig(mask_ratio=1.0), ["objectives.xmm.mask_ratio", "(0, 1)", "got 1.0"]),
+        (lambda: EvalConfig(every=2.5), ["eval.every", "below 1", "got 2.5"]),
         (lambda: CrossModalConfig(every=0), ["objectives.xmm.every", ">= 1", "got 0"]),
         (lambda: PseudoLabelConfig(keywords=0), ["objectives.psl", "keywords", ">= 1"]),
         (lambda: ObjectivesConfig(alpha=1.1), ["objectives.alpha", "[0, 1]", "1.1"]),
@@ -145,3 +147,17 @@ def test_a_run_counts_samples_unless_steps_are_given():
     config = Config(train=TrainConfig(samples=100))
     assert config.total_steps(32) == 4  # the last step is a whole one
     assert Config(train=TrainConfig(steps=7, samples=100)).total_steps(32) == 7
+
+
+@pytest.mark.parametrize(
+    ("every", "total", "due"),
+    [
+        (3, 10, [3, 6, 9]),
+        (0, 10, []),
+        (0.5, 10, [5, 10]),
+        (0.25, 10, [3, 5, 8, 10]),
+        (0.2, 3, [1, 2, 3]),  # fewer steps than evaluations
+    ],
+)
+def test_evaluations_come_every_so_many_steps_or_so_often_in_a_run(every: float, total: int, due: list[int]):
+    assert [step for step in range(1, total + 1) if EvalConfig(every=every).is_due(step, total)] == due

@@ -123,6 +123,11 @@ def test_a_key_like_no_other_points_to_the_help(refused, key):
     assert refused(f"--{key}", "3") == f"there is no key {key}; see pretrain.py --help"
 
 
+def test_an_option_of_the_launcher_behind_the_script_is_told_where_it_goes(refused):
+    said = "there is no key num_accelerators; it is an option of the launcher: deepspeed --num_accelerators ... "
+    assert refused("--num_accelerators", "2") == said + "pretrain.py ..."
+
+
 def test_a_key_of_another_programme_names_it(refused):
     assert refused("--task", "vqa") == "there is no key task here; it is one of launch/finetune.py"
 

@@ -79,7 +79,7 @@ def row_losses(
 
 
 def torch_row_loss(bias: Tensor | None, teacher_bias: Tensor | None, keyword_ids: Tensor, alpha: float) -> RowLoss:
-    """Return the RowLoss of these biases (V,) and keywords (N, up to 16)."""
+    """Return the RowLoss of these biases (V,) and keywords (N, up to 64)."""
 
     def by_row(z: Tensor, teacher_z: Tensor | None, rows: slice, gradient: Tensor | None, scale: float) -> Tensor:
         add_biases(z, bias, teacher_z, teacher_bias)
@@ -150,7 +150,7 @@ def linear_soft_bce(
         h: (N, K). weight: (V, K). bias: (V,) or None; all of one dtype.
         teacher_h, teacher_weight, teacher_bias: likewise (N, K'), (V, K'), (V,); they get no gradient. None: the
             keywords alone count, as with alpha 0 (the teacher's product is skipped then).
-        keyword_ids: (N, up to 16) int64 in [0, V), -1 for none; an id that a row names twice counts once.
+        keyword_ids: (N, up to 64) int64 in [0, V), -1 for none; an id that a row names twice counts once.
         alpha: weight of the teacher's probabilities, in [0, 1].
         reduction: "mean" over N x V, or "sum_over_words": the sum over V, averaged over N. No rows give 0.
 

@@ -92,7 +92,7 @@ def row_loss_kernel(
 
 
 def row_loss(bias: Tensor | None, teacher_bias: Tensor | None, keyword_ids: Tensor, alpha: float) -> RowLoss:
-    """Return the RowLoss of these biases (V,) and keywords (N, up to 16)."""
+    """Return the RowLoss of these biases (V,) and keywords (N, up to 64)."""
     bias, teacher_bias, keyword_ids = padded_bias(bias), padded_bias(teacher_bias), keyword_ids.contiguous()
 
     def by_row(z: Tensor, teacher_z: Tensor | None, rows: slice, gradient: Tensor | None, scale: float) -> Tensor:

@@ -17,7 +17,7 @@ from simla_ds.config import (
 )
 
 TaskName = Literal["retrieval", "grounding", "vqa", "nlvr2", "snli_ve", "text_assignment"]
-FORMATS = """annotations, a JSON list of objects; paths start at the picture root:
+FORMATS = """annotations, a JSON list of objects or JSON Lines (.jsonl); paths start at the picture root:
   retrieval  {"image": path, "caption": [text, ...]}; text_assignment takes the same
   grounding  {"image": path, "text": expression, "box": [x, y, w, h], "size": [width, height], "proposals": optional
               list of boxes, "split": optional name}
@@ -69,7 +69,7 @@ class FinetuneData(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(Config):
-    """A fine-tuning run. Of `objectives`, tasks other than retrieval read fidelity and alpha only."""
+    """A fine-tuning run. Of `objectives`, retrieval and grounding read ITC and ITM; all read fidelity, alpha, its ramp."""
 
     task: TaskName = "vqa"
     """What to train for."""
@@ -82,7 +82,7 @@ class FinetuneConfig(Config):
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(momentum=0.995))
     """The momentum teacher."""
     data: FinetuneData = field(default_factory=FinetuneData)
-    """The examples. data.train and data.val: annotation files (JSON), or folders of scenes' shards; empty: scenes."""
+    """The examples. data.train and data.val: annotation files (JSON or .jsonl), or folders of scenes' shards; empty: scenes."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(learning_rate=1e-3, min_learning_rate=1e-6, warmup_samples=1_000)
     )

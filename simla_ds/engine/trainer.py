@@ -93,7 +93,7 @@ class Trainer:
                 self._log()
             if self._due(self.config.train.diagnose_every):
                 self._write(self.watch.gradient_shares(self.last_batch, self.alpha))
-            if self._due(self.config.eval.every) or self.step == self.total_steps:
+            if self.config.eval.is_due(self.step, self.total_steps) or self.step == self.total_steps:
                 self._evaluate()
             stop = self.stop.agreed()
             ends = self.step == self.total_steps or self.best.stops
@@ -261,6 +261,8 @@ class Trainer:
         if "best" in state:
             self.best.load_state_dict(state["best"])
         self.ranks.say(f"resumed from {path} at step {self.step} of {self.total_steps}")
+        if changed := changes(state["config"], json.loads(json.dumps(asdict(self.config)))):
+            self.ranks.say(f"settings changed: {', '.join(changed)} (another experiment needs another --output)")
         now = {"world_size": self.ranks.world_size, "zero_stage": self.zero_stage}
         if changed := [f"{name} {state[name]} -> {value}" for name, value in now.items() if state[name] != value]:
             dropout = "; dropout is drawn afresh" if state["world_size"] != self.ranks.world_size else ""
@@ -301,6 +303,18 @@ class Trainer:
             network = type(self.task.model)(self.config.model)
         self.source.fill(dict(network.named_parameters()), shards)
         return network
+
+
+def changes(before: dict[str, Any], after: dict[str, Any], above: str = "") -> list[str]:
+    """Return the dotted keys of JSON settings whose values differ, with both, but for where the run is."""
+    found = []
+    for key in sorted((before.keys() | after.keys()) - {"output", "resume"}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changes(old, new, f"{above}{key}.")
+        elif old != new:
+            found.append(f"{above}{key} {old} -> {new}")
+    return found
 
 
 class _Window:

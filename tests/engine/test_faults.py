@@ -92,6 +92,7 @@ def test_a_run_killed_told_to_stop_and_moved_to_other_ranks_sees_every_sample_on
     assert "lost another rank; --resume auto goes on from the newest checkpoint" in killed
     stopped = disturb(data, run, 1, steps, signal.SIGTERM, moment)
     assert "layout changed: world_size 2 -> 1, zero_stage 2 -> 1" in stopped
+    assert "settings changed: data.workers 1 -> 0, train.batch_size 4 -> 8 (another" in stopped
     at = int(stopped.split("stopped by a signal: saved at step ")[1].split(",")[0])
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{at:08d}"
     assert not (run / "final").exists()

@@ -165,7 +165,8 @@ def test_other_commands_still_refuse_what_they_do_not_know(capsys):
     assert "unrecognized arguments: --train.batch_size 3" in capsys.readouterr().err
 
 
-def test_the_table_of_the_launchers_readme_is_what_the_command_prints(capsys):
+def test_the_table_of_the_launchers_readme_is_what_the_command_prints(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # away from a data/scenes with tokenisers of its own
     readme = (ROOT / "launch" / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"`simla (plan .* --markdown)`", readme)
     assert main(command.replace("launch/", f"{ROOT}/launch/").split()) == 0
