@@ -412,7 +412,7 @@ def _add_demo(commands) -> None:
         "demo",
         "prepare scenes, train, evaluate and draw the results",
         _demo,
-        "About 12 minutes on two cores.",
+        "9 to 12 minutes on two cores.",
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the results")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of the training; the scenes stay the same")

@@ -94,7 +94,7 @@ class SimlaOutput(ModelOutput):
     """(I, T) cosines, -1 to 1: quick, for ranking. ITC trains softmax(similarity / temperature) of a whole batch, so
     a cosine alone is no probability."""
     itm_logits: Tensor | None = None
-    """(B, 2) in the weights' dtype: softmax(-1)[:, 1] is the probability that picture and caption of a pair belong together."""
+    """(B, 2) in the weights' dtype: softmax(-1)[:, 1] is the probability that a pair's picture and caption match."""
 
 
 class SimlaModel(PreTrainedModel):
@@ -143,7 +143,7 @@ class SimlaModel(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> SimlaOutput:
-        """Compare pictures (I, 3, S, S), in the weights' dtype, with captions (T, L) int64: cosines of all, ITM of pairs.
+        """Compare pictures (I, 3, S, S) in the weights' dtype with captions (T, L) int64: cosines of all, ITM of pairs.
 
         Pair b is picture b and caption b; a single picture or caption is paired with each of the others. Without
         attention_mask all tokens but padding count; what else a processor gives is passed over. ValueError when I and T

@@ -1,4 +1,4 @@
-"""Annotation files: a JSON list or JSON Lines of entries, checked whole before anything runs, and the pictures they name."""
+"""Annotation files: JSON lists or JSON Lines of entries, checked whole before anything runs, and their pictures."""
 
 from __future__ import annotations
 

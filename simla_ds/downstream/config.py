@@ -69,7 +69,7 @@ class FinetuneData(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(Config):
-    """A fine-tuning run. Of `objectives`, retrieval and grounding read ITC and ITM; all read fidelity, alpha, its ramp."""
+    """A fine-tuning run. Of `objectives` all tasks read fidelity, alpha and its ramp; retrieval and grounding more."""
 
     task: TaskName = "vqa"
     """What to train for."""
@@ -82,7 +82,7 @@ class FinetuneConfig(Config):
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(momentum=0.995))
     """The momentum teacher."""
     data: FinetuneData = field(default_factory=FinetuneData)
-    """The examples. data.train and data.val: annotation files (JSON or .jsonl), or folders of scenes' shards; empty: scenes."""
+    """The examples. data.train, data.val: annotations (JSON, .jsonl) or folders of scenes' shards; empty: scenes."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(learning_rate=1e-3, min_learning_rate=1e-6, warmup_samples=1_000)
     )
