@@ -132,10 +132,10 @@ def _torch_backward(
     mask: Tensor | None, index: Tensor | None, p: float, seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if (wide := half.operand_dtype(q)) != q.dtype:
-        dout, *read = (t.to(wide) for t in (dout, q, k, v))
-        out = None if out is None else out.to(wide)
-        dq, dk, dv = _torch_backward(dout, *read, out, state, mask, index, p, seed)
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+        dout, out = dout.to(wide), None if out is None else out.to(wide)
+        made = _torch_backward(dout, q.to(wide), k.to(wide), v.to(wide), out, state, mask, index, p, seed)
+        dq, dk, dv = (gradient.to(q.dtype) for gradient in made)
+        return dq, dk, dv
     key_rows = k.shape[0]
     k, v, mask = _read_by(index, k), _read_by(index, v), None if mask is None else _read_by(index, mask)
     is_flash = _is_flash(q, q.shape[2], k.shape[2], p)
