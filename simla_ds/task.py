@@ -25,9 +25,6 @@ from simla_ds.types import Batch, ContrastKeys, Features, Outputs, Request, Step
 class PretrainTask(nn.Module):
     """Student, teacher and objectives. Only the student is a submodule: the engine must not see the teacher."""
 
-    counted = ("label_count", "masked_count")
-    """What of a batch the trainer replaces by its mean over ranks and micro-steps, unless `official`."""
-
     def __init__(self, model: Simla, teacher: Teacher, queue: FeatureQueue, config: Config):
         super().__init__()
         self.model = model
@@ -42,6 +39,9 @@ class PretrainTask(nn.Module):
             name: OBJECTIVES[name](networks, config.objectives, model.config.vocabulary)
             for name in config.objectives.enabled
         }
+        counts = {"mlm": "label_count", "xmm": "masked_count"}
+        self.counted = tuple(count for name, count in counts.items() if name in self.objectives)
+        """What of a batch the trainer replaces by its mean over ranks and micro-steps, unless `official`."""
 
     @property
     def teacher(self) -> Teacher:

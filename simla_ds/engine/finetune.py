@@ -156,7 +156,7 @@ def _with_pretrained(config: FinetuneConfig) -> tuple[FinetuneConfig, Pretrained
 def _with_data(config: FinetuneConfig, ranks: Ranks) -> FinetuneConfig:
     """Fill in where the entries are; prepare the embedded scenes when they are asked for."""
     data = config.data
-    if data.train.endswith(".json"):
+    if data.train.endswith((".json", ".jsonl")):
         if not data.val:
             raise ValueError(f"data.train={data.train} needs held-out entries beside it: set data.val to another file")
         if not (data.tokenizer or config.init.checkpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -34,6 +35,17 @@ def launch(
             stdout, stderr = process.communicate()
             raise TimeoutError(f"{script} ran longer than {timeout} s\n{stdout[-4000:]}\n{stderr[-4000:]}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def fit_all(runs: dict[Path, list[str]], ranks: int) -> str:
+    """Train each run folder with its arguments (workers/fits.py), all in one launch; return what was said."""
+    folder = next(iter(runs)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = folder / "runs.json"
+    plan.write_text(json.dumps({str(run): arguments for run, arguments in runs.items()}))
+    done = launch("tests.engine.workers.fits", str(plan), ranks=ranks, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 @contextmanager

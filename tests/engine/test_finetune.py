@@ -1,18 +1,20 @@
 """Fine-tuning through the real launcher: best weights, predictions, an early end, resuming, and what is refused."""
 
 import json
+import math
+from typing import get_args
 
 import pytest
 import torch
 
 from launch import evaluate as programme
-from simla_ds.downstream.config import FinetuneConfig
+from simla_ds.downstream.config import FinetuneConfig, TaskName
 from simla_ds.downstream.tasks import make_task
 from simla_ds.downstream.vqa import AnswerNetwork
 from simla_ds.engine.finetune import _network
 from simla_ds.hub import load_model_folder
 from simla_ds.model.simla import Simla
-from tests.engine.launching import ROOT, launch
+from tests.engine.launching import ROOT, fit_all, launch
 from tests.engine.runs import MODEL, records, scenes
 from tests.tiny import model_config
 
@@ -26,12 +28,15 @@ def data(tmp_path_factory):
     return scenes(tmp_path_factory.mktemp("data"), val=24)  # fewer make no question
 
 
-def finetune(*arguments, data, output, task="vqa", stage=2, ranks=2):
-    keys = ["--task", task, "--deepspeed", str(ROOT / f"ds_configs/zero{stage}.json"), "--data.train", str(data)]
-    keys += [] if "--model" in arguments else MODEL
-    keys += ["--data.workers", "0", "--train.batch_size", "8", "--train.precision", "fp32"]
-    keys += ["--train.log_every", "1", "--train.checkpoint_every", "2", "--output", str(output)]
-    return launch(SCRIPT, *keys, *arguments, ranks=ranks)
+def keys(*arguments, data, task="vqa", stage=2):
+    given = ["--task", task, "--deepspeed", str(ROOT / f"ds_configs/zero{stage}.json"), "--data.train", str(data)]
+    given += [] if "--model" in arguments else MODEL
+    given += ["--data.workers", "0", "--train.batch_size", "8", "--train.precision", "fp32"]
+    return [*given, "--train.log_every", "1", "--train.checkpoint_every", "2", *arguments]
+
+
+def finetune(*arguments, output, ranks=2, **options):
+    return launch(SCRIPT, *keys(*arguments, **options), "--output", str(output), ranks=ranks)
 
 
 def measured(run):
@@ -65,6 +70,16 @@ def test_a_run_keeps_its_best_weights_with_predictions_and_ends_early(data, tmp_
     monkeypatch.setattr("sys.argv", ["evaluate.py", *options, "--task", "nlvr2"])
     assert programme.main() == 2
     assert "holds a model for 'vqa', not for 'nlvr2'" in capsys.readouterr().err
+
+
+def test_every_task_trains(data, tmp_path):
+    steps = ("--train.steps", "2", "--eval.every", "0")
+    fit_all({tmp_path / task: keys(*steps, data=data, task=task) for task in get_args(TaskName)}, ranks=2)
+    for task in get_args(TaskName):
+        logged = [line["loss"] for line in records(tmp_path / task) if "loss" in line]
+        assert len(logged) == 2
+        assert all(math.isfinite(loss) and loss > 0 for loss in logged)
+        assert (tmp_path / task / "final/model.safetensors").is_file()
 
 
 @pytest.mark.slow  # three launches
@@ -102,10 +117,10 @@ def test_pretraining_s_own_network_is_trained_on_with_its_dropout():
 
 
 def test_a_bad_annotation_file_ends_with_status_2_before_anything_is_written(data, tmp_path):
-    (tmp_path / "bad.json").write_text('[{"image": "a.jpg", "question": "what?"}, {"image": "b.jpg"}]')
-    keys = ("--data.train", str(tmp_path / "bad.json"), "--data.val", str(tmp_path / "bad.json"))
-    keys += ("--data.tokenizer", str(data.parent / "tokenizer"))
-    done = finetune(*keys, data=data, output=tmp_path / "run", ranks=1)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"image": "a.jpg", "question": "what?"}\n{"image": "b.jpg"}\n')
+    arguments = ("--data.val", str(bad), "--data.tokenizer", str(data.parent / "tokenizer"))
+    done = finetune(*arguments, data=bad, output=tmp_path / "run", ranks=1)
     assert done.returncode == 2
     assert "entry 0: key 'answer' must hold a text or a list of texts" in done.stderr
     assert "entry 1: key 'question' is missing" in done.stderr

@@ -1,7 +1,6 @@
 """What must not depend on how the work is split: ZeRO stage, ranks, accumulation. Through the real launcher, on CPU."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from simla_ds.engine.checkpoint_folder import check_whole, read_state
-from tests.engine.launching import ROOT, launch
+from tests.engine.launching import ROOT, fit_all
 from tests.engine.runs import keys, losses, records, scenes
 
 pytestmark = pytest.mark.launcher
@@ -39,13 +38,7 @@ def under(stage: str, *arguments: str) -> list[str]:
 
 def fit(data: Path, runs: dict[Path, list[str]], ranks: int) -> str:
     """Train each run folder with its arguments, all in one launch; return what was said."""
-    folder = next(iter(runs)).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = folder / "runs.json"
-    plan.write_text(json.dumps({str(run): keys(data, *arguments) for run, arguments in runs.items()}))
-    done = launch("tests.engine.workers.fits", str(plan), ranks=ranks, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    return fit_all({run: keys(data, *arguments) for run, arguments in runs.items()}, ranks)
 
 
 @pytest.fixture(scope="module")
