@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def launcher(ranks: int, cards: Sequence[str] = ()) -> list[str]:
     """Return the beginning of a command: so many ranks, on a free port.
 
-    cards: numbers of the CUDA cards that they run on; none: those that the launcher finds, or the CPU.
+    cards: numbers of the CUDA cards that they run on, one each; none: those that the launcher finds, or the CPU.
     """
-    where = ["--include", f"localhost:{','.join(cards[:ranks])}"] if cards else ["--num_accelerators", str(ranks)]
+    where = ["--include", f"localhost:{','.join(cards)}"] if cards else ["--num_accelerators", str(ranks)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.data_efficiency.cost import step_gflop
 from benchmarks.data_efficiency.data import Pairs, completed, identity, with_start_weights
-from benchmarks.data_efficiency.devices import cards, device
+from benchmarks.data_efficiency.devices import device, slots
 from benchmarks.data_efficiency.grid import Cell, Grid
 from benchmarks.data_efficiency.identity import ROOT, code_hash, config_hash
 from benchmarks.data_efficiency.measures import measure
@@ -67,10 +67,15 @@ class Planned:
 
     @property
     def command(self) -> list[str]:
-        """Return the training command, to be run in the project's root."""
+        """Return the training command, to be run in the project's root. Raises ValueError for too few cards."""
         launch = self.grid.launch
         programme = ["launch/pretrain.py", "--deepspeed", launch.deepspeed]
-        return [*launcher(launch.ranks, cards()), *programme, "--config", str(self.folder / "recipe.yaml")]
+        return [
+            *launcher(launch.ranks, slots(1, launch.ranks)[0]),
+            *programme,
+            "--config",
+            str(self.folder / "recipe.yaml"),
+        ]
 
 
 def read_settings(grid: Grid, cell: Cell, work: Path) -> Config:

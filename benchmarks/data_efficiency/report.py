@@ -23,7 +23,7 @@ from benchmarks.data_efficiency.rows import DONE, FAILED, Row
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedComparison:
     """A comparison that the grid asks for, and what there is of it."""
 
     measure: str
@@ -106,7 +106,7 @@ class Report:
         lines.append(f"ceiling of mean recall (captions said of several pictures): {spread(ceilings)}")
         return lines + list(self.remarks)
 
-    def family(self) -> list[Planned]:
+    def family(self) -> list[PlannedComparison]:
         """Return the comparisons that get a verdict: the grid's, by the primary measure, at each fraction planned."""
         cells = {(cell.group, cell.fraction) for cell in self.grid.all_cells}
         return [
@@ -155,11 +155,11 @@ class Report:
                 )
         return lines
 
-    def _planned(self, first: str, second: str, measure: str, fraction: float) -> Planned:
+    def _planned(self, first: str, second: str, measure: str, fraction: float) -> PlannedComparison:
         mine, theirs = (self.values(group, fraction, measure) for group in (first, second))
-        return Planned(measure, fraction, compare(first, second, mine, theirs))
+        return PlannedComparison(measure, fraction, compare(first, second, mine, theirs))
 
-    def _said(self, one: Planned) -> str:
+    def _said(self, one: PlannedComparison) -> str:
         assert one.found is not None
         gflop = [
             sum(row["gflop"] for row in self.rows(group, one.fraction) if row["seed"] in one.found.seeds)
