@@ -7,7 +7,6 @@ import math
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,12 +18,15 @@ from typing import Any
 
 from benchmarks.data_efficiency.cost import step_gflop
 from benchmarks.data_efficiency.data import Pairs, completed, identity, with_start_weights
+from benchmarks.data_efficiency.devices import device, slots
 from benchmarks.data_efficiency.grid import Cell, Grid
 from benchmarks.data_efficiency.identity import ROOT, code_hash, config_hash
 from benchmarks.data_efficiency.measures import measure
-from benchmarks.data_efficiency.rows import DONE, Row
+from benchmarks.data_efficiency.rows import DONE, Row, write_whole
+from benchmarks.launching import launcher
 from benchmarks.timing import environment
 from simla_ds.config import Config
+from simla_ds.engine.deepspeed_config import resolve_precision
 from simla_ds.hub import resolve_weights
 from simla_ds.parsing import dump_config, parse_config
 
@@ -47,8 +49,15 @@ class Planned:
         start = pairs.work / "start" / f"{cell.name}-{config_hash([pairs.digest, identity(config), identity(plain)])}"
         config = with_start_weights(config, plain, start)
         self.config: Config = replace(config, output=str(self.folder / "run"), resume="none")
+        train = self.config.train
+        self.execution = {
+            "device": device(),
+            "precision": resolve_precision(train.precision, device()),
+            "global_batch": train.batch_size * train.grad_accumulation * grid.launch.ranks,
+        }
         said = {
             "config": identity(self.config),
+            "execution": self.execution,
             "launch": asdict(grid.launch) | {"deepspeed": json.loads((ROOT / grid.launch.deepspeed).read_text())},
             "measure": asdict(grid.measure),
             "data": pairs.digest,
@@ -58,20 +67,21 @@ class Planned:
 
     @property
     def command(self) -> list[str]:
-        """Return the training command, to be run in the project's root."""
+        """Return the training command, to be run in the project's root. Raises ValueError for too few cards."""
         launch = self.grid.launch
+        programme = ["launch/pretrain.py", "--deepspeed", launch.deepspeed]
         return [
-            *(sys.executable, str(Path(sys.executable).parent / "deepspeed")),
-            *("--num_accelerators", str(launch.ranks), "--master_port", str(_free_port())),
-            *("launch/pretrain.py", "--deepspeed", launch.deepspeed, "--config", str(self.folder / "recipe.yaml")),
+            *launcher(launch.ranks, slots(1, launch.ranks)[0]),
+            *programme,
+            "--config",
+            str(self.folder / "recipe.yaml"),
         ]
 
 
 def read_settings(grid: Grid, cell: Cell, work: Path) -> Config:
     """Return a cell's configuration, checked by the training programme's own parser."""
     recipe = work / "recipes" / f"{cell.name}.yaml"
-    recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(json.dumps(grid.settings(cell), indent=1), encoding="utf-8")  # JSON is YAML
+    write_whole(recipe, json.dumps(grid.settings(cell), indent=1))  # JSON is YAML; the base is many cells' own
     config, _ = parse_config(["--config", str(recipe)], program="data_efficiency")
     return config
 
@@ -97,10 +107,11 @@ def run_cell(planned: Planned) -> Row:
                 {split: pairs.splits[split] for split in grid.measure.splits},
                 pictures=grid.measure.pictures,
                 rerank=grid.measure.rerank,
+                device=device(),
             )
             for who in ("student", "teacher")
         }
-    per_step = step_gflop(trained, grid.launch.ranks, pairs.count(cell.fraction))
+    per_step = step_gflop(trained, grid.launch.ranks, pairs.count(cell.fraction), device())
     shutil.rmtree(run / "checkpoints")  # nothing goes on from here
     return {
         "grid": grid.name,
@@ -125,6 +136,7 @@ def run_cell(planned: Planned) -> Row:
         "data_hash": pairs.digest,
         "config_hash": planned.config_hash,
         "config": identity(planned.config),
+        "execution": planned.execution,
         "environment": environment() | {"threads": grid.launch.threads, "ranks": grid.launch.ranks},
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "command": " ".join(["deepspeed", *command[2:-1], "recipe.yaml"]),
@@ -161,9 +173,3 @@ def timed(clock: dict[str, float], prefix: str) -> Iterator[None]:
 def _cpu_seconds() -> float:
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

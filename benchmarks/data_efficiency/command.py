@@ -68,8 +68,11 @@ def _run(arguments: argparse.Namespace, grid: Grid, results: Path) -> int:
     from benchmarks.data_efficiency.data import Pairs
     from benchmarks.data_efficiency.rows import FAILED
     from benchmarks.data_efficiency.runner import Runner, state, table
+    from benchmarks.timing import environment
 
     cells = [grid.find(arguments.cell)] if arguments.cell else grid.all_cells
+    if (commit := environment()["commit"]).endswith("-dirty"):
+        print(f"data_efficiency: uncommitted changes: rows will say {commit}, and so will the report", file=sys.stderr)
     data = grid.data
     pairs = Pairs((arguments.work / grid.name).resolve(), data.scenes, data.train, data.test)
     planned = [Planned(grid, cell, pairs) for cell in cells]

@@ -1,5 +1,4 @@
-"""Which rows may be compared, and what the numbers of several seeds say: means, paired differences, what could have
-been seen at all.
+"""What the numbers of several seeds say: means, paired differences, and what could have been seen at all.
 
 Seeds share start weights and the order of the data between sets, so differences are paired by seed.
 """
@@ -9,51 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from benchmarks.data_efficiency.rows import DONE, Row
 
 CONFIDENCE = 0.95
 POWER = 0.8
-"""Chance of finding a difference of Comparison.detectable."""
-
-
-def comparable(rows: Sequence[Row], grid_hash: str, code: str = "") -> tuple[list[Row], list[str]]:
-    """Return the rows that may be compared with each other, and a line for every group that is left out.
-
-    Comparable are rows of one code, one shared configuration and the same data. Of several rows of one cell, whose own
-    changes to the configuration were edited, the newest counts.
-
-    Args:
-        grid_hash: shared configuration to take (Grid.shared_hash).
-        code: code hash to take; empty: the one with most finished rows.
-
-    Raises ValueError when there is no such row.
-    """
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["grid_hash"], row["code_hash"], row["data_hash"]), []).append(row)
-    fitting = {key: rows for key, rows in groups.items() if key[0] == grid_hash and code in ("", key[1])}
-    if not fitting:
-        there = ", ".join(f"{shared} (code {of})" for shared, of, _ in groups) or "none at all"
-        raise ValueError(
-            f"no rows of configuration {grid_hash}{code and f' and code {code}'}; there are rows of {there}"
-        )
-    chosen = max(fitting, key=lambda key: sum(row["status"] == DONE for row in fitting[key]))
-    remarks = [
-        f"{len(others)} row(s) of configuration {key[0]}, code {key[1]}, data {key[2]} left out"
-        for key, others in groups.items()
-        if key != chosen
-    ]
-    newest: dict[str, Row] = {}
-    for row in sorted(groups[chosen], key=lambda row: row["date"]):
-        if row["cell"] in newest:
-            remarks.append(f"{row['cell']}: an older row ({newest[row['cell']]['config_hash']}) left out")
-        newest[row["cell"]] = row
-    return list(newest.values()), remarks
+"""Chance of finding a difference of `detectable`."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +33,23 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + (f" ± {self.error:.1f}" if self.error is not None else "")
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """At CONFIDENCE, Student's t over seeds; None for one seed."""
+        if self.error is None:
+            return None
+        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.count - 1)) * self.error
+        return self.mean - reach, self.mean + reach
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided, that the mean is 0; 1 where one seed or numbers that are not finite can tell nothing."""
+        if self.error is None or not math.isfinite(self.error):
+            return 1.0
+        if self.error == 0:
+            return float(self.mean == 0)
+        return float(2 * stats.t.sf(abs(self.mean) / self.error, self.count - 1))
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -77,27 +58,18 @@ class Comparison:
     first: str
     second: str
     seeds: tuple[int, ...]
-    difference: float
-    interval: tuple[float, float] | None
-    """At CONFIDENCE, Student's t over seeds; None for one seed."""
-    detectable: float | None
-    """Smallest true difference that these seeds would have shown to be significant with POWER."""
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval leaves out 0. Not corrected for the number of comparisons."""
-        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+    difference: Estimate
 
     def __str__(self) -> str:
-        said = f"{self.first} against {self.second}: {self.difference:+.1f}"
-        if self.interval is None or self.detectable is None:
-            return f"{said} in one seed: no interval, so nothing can be said of significance"
-        low, high = self.interval
-        verdict = "significant" if self.significant else "not significant"
-        return (
-            f"{said} ({CONFIDENCE:.0%} interval {low:+.1f} to {high:+.1f}, {len(self.seeds)} seeds, "
-            f"detectable {self.detectable:.1f}): {verdict}"
-        )
+        said, interval = f"{self.first} against {self.second}: {self.difference.mean:+.1f}", self.difference.interval
+        if interval is None:
+            return f"{said} in one seed, without an interval"
+        return f"{said} ({CONFIDENCE:.0%} interval {interval[0]:+.1f} to {interval[1]:+.1f}, {len(self.seeds)} seeds)"
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the difference over seeds; None for one seed."""
+        return None if self.difference.error is None else self.difference.error * math.sqrt(len(self.seeds))
 
 
 def by_seed(rows: Sequence[Row], group: str, fraction: float, measure: str, who: str) -> dict[int, float]:
@@ -125,31 +97,36 @@ def compare(
 ) -> Comparison | None:
     """Return the difference over the seeds that both have; None where they share none."""
     seeds = tuple(sorted(of_first.keys() & of_second.keys()))
-    if not seeds:
-        return None
-    differences = np.array([of_first[seed] - of_second[seed] for seed in seeds])
-    mean = float(differences.mean())
-    if len(seeds) == 1:
-        return Comparison(first, second, seeds, mean, None, None)
-    error, freedom = float(stats.sem(differences)), len(seeds) - 1
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-    detectable = (reach + float(stats.t.ppf(POWER, freedom))) * error
-    return Comparison(first, second, seeds, mean, (mean - reach * error, mean + reach * error), detectable)
+    found = estimate({seed: of_first[seed] - of_second[seed] for seed in seeds})
+    return None if found is None else Comparison(first, second, seeds, found)
 
 
-def pairs_needed(curve: Sequence[tuple[int, float]], target: float) -> float | None:
-    """Return how many pairs give a score, read off between measured points on a logarithmic axis of pairs.
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return a family's p-values, adjusted so that the chance of any false verdict is that of one (Holm 1979)."""
+    adjusted, least = [1.0] * len(p_values), 0.0
+    for place, number in enumerate(np.argsort(p_values, kind="stable")):
+        least = max(least, min(1.0, (len(p_values) - place) * p_values[number]))
+        adjusted[number] = least
+    return adjusted
 
-    curve: (pairs, mean score), any order. None when no measured point reaches the target; the smallest number measured
-    when already that does (it may need fewer).
+
+def detectable(deviations: Sequence[tuple[float, int]], seeds: int, comparisons: int) -> float:
+    """Return the smallest true difference that so many seeds would show to be significant with POWER.
+
+    Args:
+        deviations: (standard deviation of a paired difference, its seeds), pooled: one alone, of three seeds, says
+            little.
+        seeds: those of the planned test, at least two.
+        comparisons: tests that share the error (Bonferroni, which is Holm's first step); 1: one alone.
+
+    The power is that of the t test, by the noncentral t distribution.
     """
-    points = sorted(curve)
-    if not points or max(score for _, score in points) < target:
-        return None
-    if points[0][1] >= target:
-        return float(points[0][0])
-    for (below, low), (above, high) in pairwise(points):
-        if high >= target:
-            share = (target - low) / (high - low)
-            return math.exp(math.log(below) + share * (math.log(above) - math.log(below)))
-    return None
+    weight = sum(count - 1 for _, count in deviations)
+    pooled = math.sqrt(sum((count - 1) * deviation**2 for deviation, count in deviations) / weight)
+    bound = float(stats.t.isf((1 - CONFIDENCE) / 2 / comparisons, seeds - 1))
+
+    def lacking(shift: float) -> float:
+        return float(stats.nct.sf(bound, seeds - 1, shift)) - POWER
+
+    shift: Any = optimize.brentq(lacking, 0.0, 10.0 * bound)
+    return pooled / math.sqrt(seeds) * float(shift)

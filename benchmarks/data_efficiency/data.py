@@ -24,6 +24,7 @@ from simla_ds.data.shards import ShardFiles, find_shards, open_shard, write_shar
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.visual_tokens import load_visual_tokenizer
 from simla_ds.hub import save_model_folder
+from simla_ds.model.pretrained import initialise
 from simla_ds.model.simla import Simla
 
 _SUBSET = 4  # so that no two uses of a seed draw the same numbers (data.order has 1 to 3)
@@ -51,7 +52,7 @@ class Pairs:
             self.digest = config_hash(manifest["sha256"])
         else:
             self.train, self.splits = train, dict(test)
-            self.digest = config_hash([(Path(p).name, Path(p).stat().st_size) for p in find_shards(train)])
+            self.digest = config_hash({name: _sizes(shards) for name, shards in {"train": train, **test}.items()})
         self.files = ShardFiles([open_shard(path) for path in find_shards(self.train)])
         self.places = [(shard, number) for shard, index in enumerate(self.files.shards) for number in range(len(index))]
 
@@ -113,7 +114,7 @@ def with_start_weights(config: Config, base: Config, folder: Path) -> Config:
     """Return the configuration with start weights: those that the base network has by this seed, where shapes agree.
 
     config, base: completed. The base network itself needs no file: its seed says it all. Elsewhere the shared
-    parameters are the base's, the others (ALBEF's token types) those that the seed gives this network.
+    parameters are the base's, the others (ALBEF's token types) those that seed and init.* give this network.
     """
     ours, theirs = (_with_vocabulary(c) for c in (config, base))
     if ours.model == theirs.model or config.init.checkpoint:
@@ -130,9 +131,15 @@ def with_start_weights(config: Config, base: Config, folder: Path) -> Config:
     return replace(config, init=replace(config.init, checkpoint=str(folder)))
 
 
+def _sizes(shards: str) -> list[tuple[str, int]]:
+    return [(Path(path).name, Path(path).stat().st_size) for path in find_shards(shards)]
+
+
 def _network(config: Config) -> Simla:
     torch.manual_seed(config.train.seed)  # as engine.build does
-    return Simla(config.model)
+    network = Simla(config.model)
+    initialise(network, config.init)
+    return network
 
 
 def _with_vocabulary(config: Config) -> Config:

@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks.data_efficiency.identity import ROOT, config_hash
 from benchmarks.data_efficiency.sets import SETS, Settings, merged
+from simla_ds.config import VisionConfig
 
 PLAIN = ""
 """The variant that changes nothing."""
@@ -151,20 +152,36 @@ class Grid:
         return merged(self.config, tuned, variant, SETS[cell.objectives][1], {"train": {"seed": cell.seed}})
 
     def smoke(self) -> Grid:
-        """Return the same sets and variants, each trained for a few steps on a few pairs: does everything run?"""
-        scenes = {"train": 160, "splits": dict.fromkeys(self.measure.splits, 24) | {"val": 8}, "codebook_size": 32}
+        """Return the same sets and variants, each trained for a few steps on a few pairs: does everything run?
+
+        The pairs are scenes, on one rank and without files of the grid's own, whatever it trains on.
+        """
+        from simla_ds.data.scenes.prepare import SPLIT_SIZES  # late: this imports torch, which reads its threads then
+
+        splits = [name for name in self.measure.splits if name in SPLIT_SIZES] or ["test"]
+        scenes = {"vocabulary_size": 800, "grid": self.vision.grid} | self.data.scenes
+        scenes |= {"train": 160, "splits": {"val": 8} | dict.fromkeys(splits, 24), "codebook_size": 32}
+        train = {"samples": 64, "steps": 0, "batch_size": 16, "grad_accumulation": 1}
+        own_files = {"data": {"tokenizer": "", "visual_tokenizer": ""}, "init": {"text": "", "vision": ""}}
+        few = {"train": train | {"diagnose_every": 2, "log_every": 2}, "data": {"workers": 0}}
         groups = dict.fromkeys(replace(cell, fraction=1.0, seed=0) for cell in self.all_cells)
         return replace(
             self,
             name=f"{self.name}-smoke",
-            config=merged(self.config, {"train": {"samples": 64, "steps": 0, "diagnose_every": 2, "log_every": 2}}),
-            data=Data(scenes=merged({"vocabulary_size": 800}, self.data.scenes, scenes)),
-            measure=replace(self.measure, pictures=24, rerank=4),
+            config=merged(self.config, few, own_files),
+            launch=replace(self.launch, ranks=1),
+            data=Data(scenes=scenes),
+            measure=replace(self.measure, splits=splits, pictures=24, rerank=4),
             cells=[
                 {"objectives": [c.objectives], "variants": [c.variant], "fractions": [1.0], "seeds": [0]}
                 for c in groups
             ],
         )
+
+    @property
+    def vision(self) -> VisionConfig:
+        """The image encoder that all cells share."""
+        return VisionConfig(**self.config.get("model", {}).get("vision", {}))
 
 
 def read_grid(path: Path) -> Grid:

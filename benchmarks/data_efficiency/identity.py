@@ -12,10 +12,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 DEPENDS_ON = (
     "launch/pretrain.py",
-    *(f"benchmarks/data_efficiency/{name}.py" for name in ("data", "measures", "cost")),
+    *(f"benchmarks/data_efficiency/{name}.py" for name in ("cell", "data", "measures", "cost")),
 )
-"""What trains a cell, chooses its data and measures it; with all of this project that they import. What a grid file
-says is part of the configuration instead."""
+"""What runs a cell, chooses its data, measures and counts; with all of this project that they import. What a grid
+file says is part of the configuration instead."""
 CHANGES_NO_ROW = "benchmarks.data_efficiency.command"
 """Imported by the package's __init__.py, and so the report."""
 

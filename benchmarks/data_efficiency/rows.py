@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,29 @@ def row_path(folder: Path, cell: Cell, config: str, code: str) -> Path:
     return folder / f"{cell.name}.{config}.{code}.json"
 
 
-def write_row(path: Path, row: Row) -> None:
-    """Write a row, whole or not at all."""
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all: processes that write it at the same time do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
+
+
+def write_row(path: Path, row: Row) -> None:
+    """Write a row, whole or not at all. Raises ValueError, naming it, for a number that is not finite."""
+    if broken := ", ".join(_not_finite(row, "")):
+        raise ValueError(
+            f"{row['cell']} is no result: {broken}; lower its optim.learning_rate or look at its train.log"
+        )
+    write_whole(path, json.dumps(row, indent=1) + "\n")
+
+
+def _not_finite(value: Any, name: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _not_finite(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} is {value}"
 
 
 def read_row(path: Path) -> Row | None:

@@ -10,9 +10,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
 
 from benchmarks.data_efficiency.cell import Planned
+from benchmarks.data_efficiency.devices import slots
 from benchmarks.data_efficiency.identity import ROOT, code_hash
 from benchmarks.data_efficiency.rows import DONE, FAILED, Row, read_row, row_path, write_row
 
@@ -47,9 +49,15 @@ class Runner:
         """arguments: the command line that names the grid, for the cells' processes."""
         self.arguments, self.results = arguments, results
         self._lock, self._running, self._ending = Lock(), set(), False
+        self._slots: SimpleQueue[list[str]] = SimpleQueue()
 
     def run(self, cells: Sequence[Planned], jobs: int) -> None:
-        """Run cells, `jobs` side by side, and print how each ended. Interrupted, it ends what runs, without a row."""
+        """Run cells, `jobs` side by side, on cards of their own, and print how each ended.
+
+        Interrupted, it ends what runs, without a row. Raises ValueError when there are too few cards.
+        """
+        for slot in slots(jobs, max((planned.grid.launch.ranks for planned in cells), default=1)):
+            self._slots.put(slot)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or cells would outlive this process
         with ThreadPoolExecutor(jobs) as pool:
             waiting = {pool.submit(self._run, planned): planned for planned in cells}
@@ -62,12 +70,21 @@ class Runner:
                 raise
 
     def _run(self, planned: Planned) -> str:
-        """Run one cell; return its state. A cell that fails gets a row that says so."""
+        """Run one cell on cards that no other has; return its state. A cell that fails gets a row that says so."""
+        slot = self._slots.get()
+        try:
+            return self._run_on(slot, planned)
+        finally:
+            self._slots.put(slot)
+
+    def _run_on(self, cards: Sequence[str], planned: Planned) -> str:
         log = planned.folder.with_name(f"{planned.folder.name}.log")  # a variant has a dot in its name
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "benchmarks", "data_efficiency", *self.arguments, "--cell", planned.cell.name]
         started = time.monotonic()
         environ = {**os.environ, "OMP_NUM_THREADS": str(planned.grid.launch.threads)}
+        if cards:
+            environ["CUDA_VISIBLE_DEVICES"] = ",".join(cards)
         with log.open("w") as out:
             process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=out, start_new_session=True)
             with self._lock:
@@ -106,5 +123,6 @@ def _failed_row(planned: Planned, error: str) -> Row:
         "grid_hash": planned.grid.shared_hash,
         "data_hash": planned.pairs.digest,
         "config_hash": planned.config_hash,
+        "execution": planned.execution,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }

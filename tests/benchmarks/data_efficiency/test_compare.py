@@ -1,28 +1,24 @@
-"""Statistics over seeds, and which rows they are made of."""
+"""Statistics over seeds."""
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.data_efficiency.compare import by_seed, comparable, compare, estimate, pairs_needed
+from benchmarks.data_efficiency.compare import POWER, by_seed, compare, detectable, estimate, holm
 
 A, B = {0: 11.0, 1: 14.0, 2: 12.5}, {0: 10.0, 1: 12.0, 2: 9.5}  # differences 1, 2 and 3
 
 
 def row(seed: int = 0, **changes: Any) -> dict[str, Any]:
     return {
-        "cell": f"simla-1-{seed}",
         "group": "simla",
         "fraction": 1.0,
         "seed": seed,
         "status": "done",
         "metrics": {"student": {"m": 10.0 + seed}, "teacher": {"m": 20.0}},
-        "code_hash": "code",
-        "grid_hash": "grid",
-        "data_hash": "data",
-        "config_hash": f"config{seed}",
-        "date": "2026-01-01",
         **changes,
     }
 
@@ -30,30 +26,29 @@ def row(seed: int = 0, **changes: Any) -> dict[str, Any]:
 def test_a_paired_difference_is_that_of_the_paired_t_test():
     found, known = compare("a", "b", A, B), stats.ttest_rel([*A.values()], [*B.values()])
     assert found is not None
-    assert found.difference == pytest.approx(2)
-    assert found.interval == pytest.approx(tuple(known.confidence_interval(0.95)))
-    assert found.significant == (known.pvalue < 0.05)
-    assert not found.significant  # the interval is -0.48 to 4.48
-    assert str(found).endswith("3 seeds, detectable 3.1): not significant")
+    assert found.difference.mean == pytest.approx(2)
+    assert found.difference.interval == pytest.approx(tuple(known.confidence_interval(0.95)))
+    assert found.difference.p_value == pytest.approx(float(known.pvalue))
+    assert found.deviation == pytest.approx(1)
+    assert str(found) == "a against b: +2.0 (95% interval -0.5 to +4.5, 3 seeds)"
 
 
-def test_a_difference_that_hardly_varies_is_significant_either_way():
-    near = {seed: value - 2 + 0.1 * seed for seed, value in A.items()}
-    up, down = compare("a", "b", A, near), compare("b", "a", near, A)
-    assert up is not None
-    assert down is not None
-    assert up.significant
-    assert down.significant
-    assert str(up).endswith("): significant")
-
-
-def test_unpaired_seeds_are_left_out_and_one_seed_says_nothing_of_significance():
-    found = compare("a", "b", A, {1: 12.0, 7: 0.0})
-    assert found is not None
-    assert found.seeds == (1,)
-    assert not found.significant
-    assert "nothing can be said" in str(found)
+def test_one_seed_and_numbers_that_are_not_finite_tell_nothing():
+    one, broken = compare("a", "b", A, {1: 12.0, 7: 0.0}), compare("a", "b", A, {**B, 2: math.nan})
+    assert one is not None
+    assert broken is not None
+    assert one.seeds == (1,)
+    assert str(one).endswith("in one seed, without an interval")
+    assert (one.difference.p_value, broken.difference.p_value) == (1.0, 1.0)
     assert compare("a", "b", A, {7: 0.0}) is None
+
+
+def test_a_difference_that_never_varies_is_certain_and_none_is_not():
+    same = compare("a", "b", A, {seed: value - 2 for seed, value in A.items()})
+    none = compare("a", "b", A, A)
+    assert same is not None
+    assert none is not None
+    assert (same.difference.p_value, none.difference.p_value) == (0.0, 1.0)
 
 
 def test_a_failed_cell_is_in_no_mean():
@@ -66,27 +61,19 @@ def test_a_failed_cell_is_in_no_mean():
     assert found.error == pytest.approx(0.5)
 
 
-def test_rows_of_other_code_configuration_or_data_are_left_out_and_named():
-    rows = [row(0), row(1), row(2, code_hash="older"), row(3, grid_hash="other"), row(4, data_hash="others")]
-    taken, remarks = comparable(rows, "grid")
-    assert [one["seed"] for one in taken] == [0, 1]
-    assert len(remarks) == 3
-    assert any("code older" in remark for remark in remarks)
-    assert [one["seed"] for one in comparable(rows, "grid", "older")[0]] == [2]
-    with pytest.raises(ValueError, match="no rows of configuration none"):
-        comparable(rows, "none")
+def test_a_familys_p_values_are_adjusted_step_by_step():
+    # 4 x .01; 3 x .013 would be less than the one before it; 2 x .04; 1 x .9
+    assert holm([0.04, 0.01, 0.9, 0.013]) == pytest.approx([0.08, 0.04, 0.9, 0.04])
+    assert holm([0.5, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
-def test_of_two_rows_of_a_cell_the_newer_counts_and_the_older_is_named():
-    taken, remarks = comparable([row(0), row(0, config_hash="edited", date="2026-01-02")], "grid")
-    assert [one["config_hash"] for one in taken] == ["edited"]
-    assert "config0" in remarks[0]
-
-
-def test_pairs_needed_are_read_off_on_a_logarithmic_axis():
-    curve = [(100, 2.0), (10_000, 6.0), (1000, 4.0)]
-    assert pairs_needed(curve, 3.0) == pytest.approx(100 * 10**0.5)
-    assert pairs_needed(curve, 6.0) == pytest.approx(10_000)
-    assert pairs_needed(curve, 1.0) == 100
-    assert pairs_needed(curve, 6.1) is None
-    assert pairs_needed([(100, 5.0), (1000, 3.0), (10_000, 5.5)], 5.2) == pytest.approx(10_000 * 0.1 ** (0.3 / 2.5))
+@pytest.mark.parametrize("seeds", [2, 3, 10])  # the fewest there can be; the grid's; enough for a normal distribution
+def test_the_detectable_difference_is_found_as_often_as_its_power_says(seeds: int):
+    difference = detectable([(1.0, 3), (3.0, 3)], seeds, comparisons=1)
+    deviation = math.sqrt(5)  # of 1 and 3, pooled
+    drawn = np.random.default_rng(0).normal(difference, deviation, (20_000, seeds))
+    t = drawn.mean(1) / stats.sem(drawn, axis=1)
+    found = (2 * stats.t.sf(np.abs(t), seeds - 1) < 0.05).mean()
+    assert found == pytest.approx(POWER, abs=0.012)  # 4 standard errors of 20,000 draws
+    assert detectable([(1.0, 3), (3.0, 3)], seeds, comparisons=16) > 1.4 * difference

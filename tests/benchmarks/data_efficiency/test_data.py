@@ -3,16 +3,19 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from benchmarks.data_efficiency import identity
 from benchmarks.data_efficiency.data import Pairs, completed, with_start_weights
 from benchmarks.data_efficiency.data import identity as config_identity
 from benchmarks.data_efficiency.sets import SETS
-from simla_ds.config import Config, ModelConfig, ObjectivesConfig, StreamConfig, TrainConfig, VisionConfig
+from simla_ds.config import Config, InitConfig, ModelConfig, ObjectivesConfig, StreamConfig, TrainConfig, VisionConfig
 from simla_ds.data.shards import find_shards, open_shard
+from simla_ds.data.text import TextTokenizer
 from simla_ds.engine.build import build
 from simla_ds.engine.distributed import Ranks
 
@@ -68,6 +71,32 @@ def test_every_set_starts_training_from_the_same_weights_where_shapes_agree(pair
         assert [key for key in shared if not torch.equal(parameters[key], simla[key])] == [], name
 
 
+def test_a_set_of_another_network_starts_from_the_published_weights_that_the_grid_names(pairs: Pairs, tmp_path: Path):
+    words = TextTokenizer(Path(pairs.beside("tokenizer"))).vocabulary.size
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    bert = BertModel(BertConfig(vocab_size=words, max_position_embeddings=128, **sizes))
+    bert.save_pretrained(tmp_path / "bert")
+    init = InitConfig(text=str(tmp_path / "bert"))
+    base, albef = (completed(replace(set_config(name), init=init), pairs, 1.0, 0) for name in ("simla", "albef"))
+    started = with_start_weights(albef, base, tmp_path / "albef")
+    model = build(started, Ranks(0, 0, 1, torch.device("cpu")), torch.float32, nullcontext()).task.model
+    ours, theirs = dict(model.named_parameters()), dict(bert.named_parameters())
+    for name, same in (("word", "word_embeddings"), ("token_type", "token_type_embeddings")):
+        assert torch.equal(ours[f"stream.embeddings.{name}.weight"], theirs[f"embeddings.{same}.weight"]), name
+
+
+def test_data_given_as_shards_are_identified_by_what_is_measured_as_well(pairs: Pairs, tmp_path: Path):
+    one = Pairs(tmp_path, {}, pairs.train, {"test": pairs.splits["test"]})
+    other = Pairs(tmp_path, {}, pairs.train, {"test": pairs.train})
+    assert one.digest == Pairs(tmp_path / "elsewhere", {}, pairs.train, {"test": pairs.splits["test"]}).digest
+    assert one.digest != other.digest
+
+
 def test_paths_are_no_part_of_a_configurations_identity(pairs: Pairs):
     one = completed(config(), pairs, 1.0, 0)
     moved = replace(one, output="elsewhere", data=replace(one.data, train="there", tokenizer="there", val="there"))
@@ -75,11 +104,11 @@ def test_paths_are_no_part_of_a_configurations_identity(pairs: Pairs):
     assert config_identity(one) != config_identity(completed(config(seed=1), pairs, 1.0, 0))
 
 
-def test_the_code_hash_covers_what_trains_and_measures_a_cell_and_not_the_report(monkeypatch: pytest.MonkeyPatch):
+def test_the_code_hash_covers_what_trains_and_measures_a_cell_and_not_the_report():
     files = {str(path.relative_to(identity.ROOT)) for path in identity.code_files()}
     needed = {"launch/pretrain.py", "simla_ds/objectives/psl.py", "simla_ds/data/scenes/captions.py"}
     needed |= {"kernels/simla_kernels/linear_soft_bce.py", "simla_ds/downstream/probes.py"}
-    needed |= {"benchmarks/data_efficiency/measures.py"}
+    needed |= {f"benchmarks/data_efficiency/{name}.py" for name in ("cell", "measures", "cost")}
     assert needed <= files
     assert not {"benchmarks/data_efficiency/page.py", "simla_ds/cli.py", "simla_ds/downstream/vqa.py"} & files
 

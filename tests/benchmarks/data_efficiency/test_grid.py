@@ -10,6 +10,7 @@ import yaml
 from benchmarks.data_efficiency.command import main
 from benchmarks.data_efficiency.grid import Cell, Data, Grid, read_grid
 from benchmarks.data_efficiency.sets import SETS
+from simla_ds.data.scenes.prepare import SceneOptions
 from simla_ds.parsing import parse_config
 
 GRIDS = sorted((Path(__file__).resolve().parents[3] / "grids").glob("*.yaml"))
@@ -96,11 +97,22 @@ def test_the_scenes_grid_is_six_sets_three_fractions_three_seeds_and_the_officia
     assert {cell.fraction for cell in cells if cell.variant == "official"} == {1.0}
 
 
-def test_a_smoke_run_has_every_set_and_variant_once():
-    shipped = read_grid(next(file for file in GRIDS if file.stem == "scenes"))
+@pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
+def test_a_smoke_run_has_every_set_and_variant_once_and_can_be_run_anywhere(file: Path, tmp_path: Path):
+    shipped = read_grid(file)
     smoke = shipped.smoke()
     assert [cell.group for cell in smoke.all_cells] == list(dict.fromkeys(cell.group for cell in shipped.all_cells))
     assert smoke.name != shipped.name
+    scenes = SceneOptions(**smoke.data.scenes)
+    assert {name: scenes.splits[name] for name in smoke.measure.splits} == dict.fromkeys(smoke.measure.splits, 24)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(smoke.settings(smoke.all_cells[0])))
+    config, _ = parse_config(["--config", str(recipe)])
+    assert config.model.vision.grid == scenes.grid
+    assert config.train.batch_size * config.train.grad_accumulation * smoke.launch.ranks <= scenes.train
+    assert config.train.samples <= scenes.train
+    paths = (config.data.train, config.data.tokenizer, config.data.visual_tokenizer)
+    assert set(paths) | {config.init.text, config.init.vision, config.init.checkpoint} == {""}
 
 
 def test_a_bad_grid_file_is_one_line_and_exit_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
