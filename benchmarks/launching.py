@@ -17,7 +17,9 @@ def launch(module: str, ranks: int, *arguments: str) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(port), "--module", module, *arguments]
+    # the launcher gives every rank a CUDA_VISIBLE_DEVICES of its own, so that a card can only be hidden behind it
+    hidden = ["--no_python", "--no_local_rank", "env", "CUDA_VISIBLE_DEVICES=", "HIP_VISIBLE_DEVICES="]
+    command += ["--master_port", str(port), *hidden, sys.executable, "-m", module, *arguments]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     environment.setdefault("OMP_NUM_THREADS", "1")
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
