@@ -95,29 +95,27 @@ def _packed(device: torch.device, dtype: torch.dtype) -> Case:
     lengths = torch.tensor(LENGTHS, device=device)
     inside = torch.arange(max(LENGTHS), device=device) < lengths[:, None]
     padded = _normal(device, dtype, *inside.shape, HEADS, DIM).requires_grad_()
-    picture = [_normal(device, dtype, ROWS * 257, HEADS, DIM).requires_grad_() for _ in range(2)]
+    k, v = (_normal(device, dtype, ROWS * 257, HEADS, DIM).requires_grad_() for _ in range(2))
     q = padded.detach()[inside].requires_grad_()
     starts = F.pad(lengths.cumsum(0), (1, 0))
     picture_starts = torch.arange(0, ROWS * 257 + 1, 257, device=device)
-    arguments = {"q": q, "k": picture[0], "v": picture[1], "cu_q": starts, "cu_k": picture_starts}
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "cu_q": starts, "cu_k": picture_starts}
     arguments |= {"max_q": max(LENGTHS), "max_k": 257}
 
     def by_rows(attend: Callable[..., Tensor]) -> Tensor:
-        rows = [t.view(ROWS, 257, HEADS, DIM).transpose(1, 2) for t in picture]
+        rows = [t.view(ROWS, 257, HEADS, DIM).transpose(1, 2) for t in (k, v)]
         return attend(padded.transpose(1, 2), *rows).transpose(1, 2)
 
     direction = _normal(device, dtype, *inside.shape, HEADS, DIM) * inside[..., None, None]
-    runs = {
-        "ours": _with_backward(lambda: _tensor(cross_attention_varlen(**arguments)), (q, *picture), direction[inside])
-    }
+    runs = {"ours": _with_backward(lambda: _tensor(cross_attention_varlen(**arguments)), (q, k, v), direction[inside])}
     for name, attend in (("eager, padded", _eager), ("SDPA, padded", F.scaled_dot_product_attention)):
-        runs[name] = _with_backward(partial(by_rows, attend), (padded, *picture), direction)
+        runs[name] = _with_backward(partial(by_rows, attend), (padded, k, v), direction)
     if device.type == "cuda":
         from torch.nn.attention.varlen import varlen_attn
 
         cu_q, cu_k = starts.int(), picture_starts.int()
-        flash: Callable[[], Any] = lambda: varlen_attn(q, *picture, cu_q, cu_k, max(LENGTHS), 257)  # noqa: E731
-        runs["varlen_attn"] = _with_backward(flash, (q, *picture), direction[inside])
+        flash: Callable[[], Any] = lambda: varlen_attn(q, k, v, cu_q, cu_k, max(LENGTHS), 257)  # noqa: E731
+        runs["varlen_attn"] = _with_backward(flash, (q, k, v), direction[inside])
 
     def unpadded(run: Run) -> Run:
         return lambda: [t[inside] if t.shape == padded.shape else t for t in run()]
@@ -187,7 +185,7 @@ def _head_case(inputs: tuple[Any, ...], read: tuple[Tensor, Tensor], official: C
 def _psl_head(device: torch.device, dtype: torch.dtype) -> Case:
     feature, teacher_feature, head, teacher_head = _heads((ROWS,), PROJECTION, WORDS, device, dtype)
     keywords = torch.randint(WORDS, (ROWS, 5), device=device)
-    arguments = (feature, *head, teacher_feature, *teacher_head, keywords, ALPHA)
+    arguments: tuple[Any, ...] = (feature, *head, teacher_feature, *teacher_head, keywords, ALPHA)
 
     def official() -> Tensor:
         with torch.no_grad():
@@ -227,7 +225,7 @@ def _contrast(device: torch.device, dtype: torch.dtype) -> Case:
                 targets = ALPHA * F.softmax(teacher @ keys / temperature, dim=1) + (1 - ALPHA) * own
             scores = student @ keys / temperature
             found.append(-torch.sum(F.log_softmax(scores, dim=1) * targets, dim=1).mean())
-        return sum(found) / 2
+        return torch.stack(found).mean()
 
     runs = {"ours": lambda: contrastive_loss(**arguments)[0], "official order": official}
     return _case("contrastive_loss", arguments, runs, inputs)

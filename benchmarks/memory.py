@@ -52,15 +52,13 @@ CASES = [
 ]
 
 
-def run(cases: Sequence[Case], scenes: Path, folder: Path) -> dict[str, Any]:
-    """Run cases of one number of ranks in one launch; return what memory_process found of each, and its environment."""
+def run(cases: Sequence[Case], scenes: Path, folder: Path) -> list[dict[str, Any]]:
+    """Run cases of one number of ranks in one launch and return what memory_process found of each."""
     (ranks,) = {case.ranks for case in cases}
     runs, out = folder / "runs.json", folder / "found.json"
     runs.write_text(json.dumps([_arguments(case, scenes, folder) for case in cases]))
     launch("benchmarks.memory_process", ranks, str(runs), str(out))
-    content = json.loads(out.read_text())
-    content["cases"] = [{"case": case.name, **found} for case, found in zip(cases, content["cases"], strict=True)]
-    return content
+    return [{"case": case.name, **found} for case, found in zip(cases, json.loads(out.read_text()), strict=True)]
 
 
 def _arguments(case: Case, scenes: Path, folder: Path) -> list[str]:
@@ -104,12 +102,12 @@ def main(argv: list[str] | None = None) -> int:
     from simla_ds.data.scenes.prepare import prepare_scenes
 
     with tempfile.TemporaryDirectory() as name:
-        folder, found, where = Path(name), [], None
+        folder, found = Path(name), []
         prepare_scenes(folder / "scenes", train=64, shard_size=20, splits={"val": 8}, workers=1, progress=False)
         for case in cases:
-            content = run([case], folder / "scenes", folder)  # a process each: what it had before is no baseline
-            found, where = found + content["cases"], content["environment"]
+            found += run([case], folder / "scenes", folder)  # a process each: what it had before is no baseline
             print(list(table(found))[-1], file=sys.stderr, flush=True)
+    where, *_ = (one.pop("environment") for one in found)  # the ranks': one machine, the same threads
     return conclude(new_result("memory", where, cases=found), "\n".join(table(found)), arguments.json)
 
 

@@ -109,6 +109,7 @@ def measure(arguments: list[str], output: Path, ranks: Ranks) -> dict[str, Any]:
         "peak_planned": planned.peak,
         "peak_rss": peak_rss * 2**20,
         "parts_planned": {**planned.parts, "activations": planned.activations},
+        "environment": environment(ranks.device),
     }
 
 
@@ -135,7 +136,7 @@ def main() -> None:
             for number, arguments in enumerate(json.loads(runs.read_text()))
         ]
         if ranks.is_main:
-            out.write_text(json.dumps({"environment": environment(ranks.device), "cases": found}))
+            out.write_text(json.dumps(found))
     finally:
         finish()
 

@@ -112,8 +112,8 @@ def make_batch(config: Config, seed: int = 0, *, tokens: int = 0, device: torch.
     batch = as_floats(collate(pairs, model.vocabulary))
     codes = rng.integers(0, model.vocabulary.visual_size, (len(pairs), model.vision.patches))
     batch["visual_ids"] = torch.from_numpy(codes)
-    tensors: Any = {name: value.to(device) for name, value in batch.items()}
-    return tensors
+    tensors: Any = batch
+    return Batch(**{name: value.to(device) for name, value in tensors.items()})
 
 
 def with_negatives(batch: Batch) -> Batch:

@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -63,7 +63,7 @@ def turns(names: Sequence[str], rounds: int, seed: int = 0) -> Iterator[tuple[in
 
 
 def alternate(
-    contenders: dict[str, Callable[[], object]],
+    contenders: Mapping[str, Callable[[], object]],
     repeats: int,
     seconds: Callable[[Callable[[], object]], float] | None = None,
     warmup: int = 2,

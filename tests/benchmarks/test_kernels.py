@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import kernels
 from benchmarks.__main__ import main
-from benchmarks.kernel_cases import Case, cases
+from benchmarks.kernel_cases import Case, Run, cases
 from benchmarks.kernels import MEMORY, TOLERANCE, measure, measure_case
 from benchmarks.timing import CPU, Clock
 from simla_kernels import dispatch
@@ -31,7 +31,7 @@ def test_every_operation_with_a_kernel_is_a_case():
 
 
 def case(other: float) -> Case:
-    runs = {"ours": lambda: [torch.ones(3)], "theirs": lambda: [torch.full((3,), other)]}
+    runs: dict[str, Run] = {"ours": lambda: [torch.ones(3)], "theirs": lambda: [torch.full((3,), other)]}
     tensor = torch.ones(1, 1, 1, 16)
     return Case("cross_attention", {"q": tensor, "k": tensor, "v": tensor}, runs, runs)
 

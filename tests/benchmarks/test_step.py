@@ -54,8 +54,9 @@ def test_a_storage_counts_once_and_parameters_do_not():
 @pytest.mark.parametrize("name", list(BUILD))
 def test_everything_that_a_step_touches_is_on_its_device(name: str, device: str):
     where = torch.device(device)
-    contender, batch = BUILD[name](TINY, torch.bfloat16, where), make_batch(TINY, device=where)
-    tensors = [*batch.values(), *with_negatives(batch).values()]
+    contender: Any = BUILD[name](TINY, torch.bfloat16, where)
+    batch = make_batch(TINY, device=where)
+    tensors: list[Any] = [*batch.values(), *with_negatives(batch).values()]
     for network in contender.networks:
         tensors += [*network.parameters(), *network.buffers()]
     if isinstance(contender, (Ours, Published)):
