@@ -174,7 +174,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     for needed in (arguments.model / WEIGHTS, arguments.scenes / "manifest.json"):
         if not needed.is_file():
-            parser.error(f"{needed} is not there: --model takes a model folder, --scenes one of `simla scenes`")
+            parser.error(
+                f"{needed} is not there: --model takes a model folder, --scenes what `simla prepare scenes` made"
+            )
     settings = {"samples": arguments.samples, "test_scenes": arguments.limit}
     settings |= {"model": _hash(arguments.model / WEIGHTS), "scenes": _hash(arguments.scenes / "manifest.json")}
     stored: dict[str, Any] = {"benchmark": "tasks", **settings, "environment": {}, "results": {}}
