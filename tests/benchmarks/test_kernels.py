@@ -23,6 +23,7 @@ def test_contenders_agree_and_ours_repeats(name: str):
     assert len(row["difference"]) >= 1
     assert max(row["difference"].values()) < 1e-4
     assert (row["backend"], row["refused"]) == ("torch", {})
+    assert dispatch.OPERATIONS[case.operation].refuses(**case.arguments) is None  # as a card asks: Triton takes it
 
 
 def test_every_operation_with_a_kernel_is_a_case():

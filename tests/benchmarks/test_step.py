@@ -79,7 +79,7 @@ def test_a_card_counts_the_operations_that_a_cpu_counts(name: str):
     for device in (CPU, torch.device("cuda")):
         contender = BUILD[name](TINY, torch.float32, device)
         counted.append(count(contender, make_batch(TINY, device=device))["operations"])
-    assert counted[1] == pytest.approx(counted[0], rel=0.02)
+    assert counted[1] == pytest.approx(counted[0], rel=0.05)  # SDPA's backends differ
 
 
 @pytest.mark.gpu
