@@ -42,9 +42,8 @@ class ContenderProcess:
 
     def __init__(self, name: str, size: str, precision: str, clock: str, device: torch.device):
         command = [sys.executable, "-m", "benchmarks.step_process", name, size, precision, clock, device.type]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=fresh_environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        pipe, environment = subprocess.PIPE, fresh_environment(threshold=1 << 20)
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=pipe, stdout=pipe)
 
     def ask(self, command: str) -> dict[str, Any]:
         """Send a command and return the answer. RuntimeError when the process ended instead."""
