@@ -16,7 +16,7 @@ def test_a_peak_counts_what_is_gone_and_is_forgotten_at_a_restart(device: str):
     before = restart_peak(where)
     del (made := {"tensor": torch.ones(SIZE // 4, device=where)})["tensor"]
     assert not made
-    assert SIZE / 2**20 <= peak_mib(where) - before < 1.2 * SIZE / 2**20
+    assert abs(peak_mib(where) - before - SIZE / 2**20) < 8  # the kernel counts pages of a process in batches
     assert abs(restart_peak(where) - before) < 8
     assert peak_mib(where) - before < 8
 
