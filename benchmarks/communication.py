@@ -12,18 +12,17 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.command import conclude, new_result
 from benchmarks.launching import ROOT, launch
-from benchmarks.timing import environment
+from benchmarks.timing import Clock, environment, turns
 
 RANKS = 2
 STAGES = (0, 3)
@@ -94,13 +93,12 @@ def measure(scenes: str, out: Path, steps: int) -> None:
             "planned": vars(planned),
             "seconds": [],
         }
-    for _ in range(steps):
-        for stage, trainer in trainers.items():
-            started = time.perf_counter()
-            trainer._optimizer_step()
-            found[stage]["seconds"].append(time.perf_counter() - started)
+    clock = Clock("wall", ranks.device)
+    for _, name in turns([str(stage) for stage in STAGES], steps):  # in the same order on every rank
+        stage = int(name)
+        found[stage]["seconds"].append(clock.time(trainers[stage]._optimizer_step))
     if ranks.is_main:
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps({"environment": environment(ranks.device), "stages": found}))
     for trainer in trainers.values():
         trainer.loader.close()
         trainer.stop.close()
@@ -130,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=15, metavar="N", help="timed steps of each (default: 15)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="store the result")
     arguments = parser.parse_args(argv)
+    if arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps} must be at least 1")
     from simla_ds.data.scenes.prepare import prepare_scenes
 
     with tempfile.TemporaryDirectory() as name:
@@ -138,14 +138,10 @@ def main(argv: list[str] | None = None) -> int:
         out = folder / "found.json"
         launch("benchmarks.communication", RANKS, str(folder / "scenes" / "train"), str(out), str(arguments.steps))
         found = json.loads(out.read_text())
-    print("\n".join(table(found)))
-    if arguments.json:
-        result = {"benchmark": "communication", "date": time.strftime("%Y-%m-%dT%H:%M"), "ranks": RANKS}
-        result |= {"threads": torch.get_num_threads(), "environment": environment(), "stages": found}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    result = new_result("communication", found["environment"], ranks=RANKS, stages=found["stages"])
+    return conclude(result, "\n".join(table(found["stages"])), arguments.json)
 
 
 if __name__ == "__main__":  # a rank
-    scenes, out, steps = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    scenes, out, steps = sys.argv[1:]
     measure(scenes, Path(out), int(steps))

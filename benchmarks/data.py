@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,8 @@ from PIL import Image, ImageOps, features
 from torchvision import transforms
 from webdataset.compat import WebDataset
 
-from benchmarks.timing import alternate, environment
+from benchmarks.command import conclude, new_result
+from benchmarks.timing import CPU, Clock, alternate, environment
 from simla_ds.data.sample import open_picture
 from simla_ds.data.scenes.kit import kit
 from simla_ds.data.shards import ShardFiles, open_shard, write_shards
@@ -147,7 +146,7 @@ def measure(names: Iterable[str], count: int, repeats: int) -> Iterator[tuple[st
         width, height, tiles = PICTURES[name]
         pictures = make_pictures(width, height, tiles, count)
         with tempfile.TemporaryDirectory() as folder:
-            timed = alternate(contenders(pictures, Path(folder)), repeats, clock=time.process_time)
+            timed = alternate(contenders(pictures, Path(folder)), repeats, Clock("cpu").time)
         speed = {who: 1e3 * count / times["median"] for who, times in timed.items()}
         yield (
             name,
@@ -191,23 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, result in measure(names, arguments.pictures, arguments.repeats):
         found[name] = result
         print(f"{name}: {result['ratio_vs_pil_torchvision']:.2f} times {OFFICIAL}", file=sys.stderr, flush=True)
-    print(describe(found))
-    if arguments.json:
-        result = {
-            "benchmark": "data",
-            "clock": "cpu",
-            "date": time.strftime("%Y-%m-%dT%H:%M"),
-            "environment": {
-                **environment(),
-                "pillow": Image.__version__,
-                "libjpeg_turbo": features.version("libjpeg_turbo"),
-            },
-            "view": SIZE,
-            "jpeg_quality": QUALITY,
-            "pictures": found,
-        }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    where = {**environment(CPU), "pillow": Image.__version__, "libjpeg_turbo": features.version("libjpeg_turbo")}
+    result = new_result("data", where, clock="cpu", view=SIZE, jpeg_quality=QUALITY, pictures=found)
+    return conclude(result, describe(found), arguments.json)
 
 
 if __name__ == "__main__":

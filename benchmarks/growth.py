@@ -7,11 +7,9 @@ exponent of a power law fitted to each. Then a forecast for cards that are not h
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,11 @@ from typing import Any
 import torch
 
 from benchmarks import cost_model
-from benchmarks.step_contenders import CLOCKS, Clock, Ours
-from benchmarks.step_process import count, count_bytes
+from benchmarks.command import add_timing, conclude, new_result, parse_timing
+from benchmarks.step_contenders import Ours
+from benchmarks.step_process import count, count_bytes, warm_up
 from benchmarks.step_sizes import COCO_TOKENS, SIZES, changed, make_batch
-from benchmarks.timing import environment
+from benchmarks.timing import Clock, environment
 from simla_ds.config import Config
 from simla_ds.planner.operations import step_operations
 from simla_ds.planner.shape import StepShape
@@ -82,17 +81,13 @@ def configured(name: str, value: int) -> tuple[Config, int]:
     return changed(BASE, **settings[key]), TOKENS
 
 
-def measure(config: Config, tokens: int, clock: str, repeats: int) -> dict[str, float]:
+def measure(config: Config, tokens: int, clock: Clock, repeats: int) -> dict[str, float]:
     """Return operations, bytes and seconds of a step."""
-    batch = make_batch(config, tokens=tokens)
-    contender = Ours(config, torch.float32)
+    batch = make_batch(config, tokens=tokens, device=clock.device)
+    contender = Ours(config, torch.float32, clock.device)
     counted = count_bytes(contender, batch) | count(contender, batch)
-    times = []
-    for _ in range(repeats):
-        watch = Clock(clock)
-        started = watch.seconds()
-        contender.step(batch, watch)
-        times.append(watch.seconds() - started)
+    warm_up(contender, batch)
+    times = [clock.time(lambda: contender.step(batch)) for _ in range(repeats)]
     formula = step_operations(config, StepShape.of(batch))
     return {
         "gflop": counted["operations"] / 1e9,
@@ -110,7 +105,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
     return slope / sum((a - mean_x) ** 2 for a in x)
 
 
-def grow(settings: Sequence[Setting], clock: str, repeats: int) -> list[dict[str, Any]]:
+def grow(settings: Sequence[Setting], clock: Clock, repeats: int) -> list[dict[str, Any]]:
     """Measure every value of every setting; print as it goes."""
     curves = []
     for setting in settings:
@@ -166,27 +161,16 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print, and on request store."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks growth", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="settings whose name contains TEXT")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed steps of each (default: 3)")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own seconds (default: wall)"
-    )
+    add_timing(parser, repeats=3, of="timed steps of each")
     parser.add_argument("--json", type=Path, metavar="OUT", help="store the result")
-    arguments = parser.parse_args(argv)
+    arguments = parse_timing(parser, argv)
     settings = [setting for setting in SETTINGS if arguments.only in setting.name]
     if not settings:
         parser.error(f"--only {arguments.only!r} fits none of {', '.join(setting.name for setting in SETTINGS)}")
-    result = {
-        "benchmark": "growth",
-        "clock": arguments.clock,
-        "date": time.strftime("%Y-%m-%dT%H:%M"),
-        "environment": environment(),
-        "curves": grow(settings, arguments.clock, arguments.repeats),
-        "forecast_computed": forecast(),
-    }
-    print(describe(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    clock = Clock(arguments.clock, arguments.device)
+    curves, where = grow(settings, clock, arguments.repeats), environment(arguments.device)
+    result = new_result("growth", where, clock=arguments.clock, curves=curves, forecast_computed=forecast())
+    return conclude(result, describe(result), arguments.json)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ def launcher(ranks: int, cards: Sequence[str] = ()) -> list[str]:
 
 def launch(module: str, ranks: int, *arguments: str) -> None:
     """Run `python -m MODULE ARGUMENTS` on ranks on the CPU. RuntimeError, with what they said, when one fails."""
+    # the launcher gives every rank a CUDA_VISIBLE_DEVICES of its own, so that a card can only be hidden behind it
+    hidden = ["--no_python", "--no_local_rank", "env", "CUDA_VISIBLE_DEVICES=", "HIP_VISIBLE_DEVICES="]
+    command = [*launcher(ranks), *hidden, sys.executable, "-m", module, *arguments]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    command = [*launcher(ranks), "--module", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{module} on {ranks} rank(s) ended with status {done.returncode}:\n{done.stderr[-2000:]}")

@@ -10,14 +10,13 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import conclude, new_result
 from benchmarks.launching import ROOT, launch
-from benchmarks.timing import environment
 
 BUCKET = 500_000
 """Numbers in each of DeepSpeed's buckets: 2 MB."""
@@ -97,25 +96,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     parser.add_argument("--json", type=Path, metavar="OUT", help="store the result")
     arguments = parser.parse_args(argv)
+    cases = [case for case in CASES if arguments.only in case.name]
+    if not cases:
+        parser.error(f"--only {arguments.only!r} fits none of {', '.join(sorted({case.name for case in CASES}))}")
     from simla_ds.data.scenes.prepare import prepare_scenes
 
     with tempfile.TemporaryDirectory() as name:
         folder, found = Path(name), []
         prepare_scenes(folder / "scenes", train=64, shard_size=20, splits={"val": 8}, workers=1, progress=False)
-        for case in CASES:
-            if arguments.only in case.name:
-                found += run([case], folder / "scenes", folder)  # a process each: what it had before is no baseline
-                print(list(table(found))[-1], file=sys.stderr, flush=True)
-    print("\n".join(table(found)))
-    if arguments.json:
-        result = {
-            "benchmark": "memory",
-            "date": time.strftime("%Y-%m-%dT%H:%M"),
-            "environment": environment(),
-            "cases": found,
-        }
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+        for case in cases:
+            found += run([case], folder / "scenes", folder)  # a process each: what it had before is no baseline
+            print(list(table(found))[-1], file=sys.stderr, flush=True)
+    where, *_ = (one.pop("environment") for one in found)  # the ranks': one machine, the same threads
+    return conclude(new_result("memory", where, cases=found), "\n".join(table(found)), arguments.json)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.peak_memory import peak_mib, restart_peak
+from benchmarks.timing import environment
 from simla_ds.config import Config
 from simla_ds.engine.distributed import Ranks, finish, start
 from simla_ds.engine.trainer import DTYPES, Trainer
@@ -76,9 +78,9 @@ def measure(arguments: list[str], output: Path, ranks: Ranks) -> dict[str, Any]:
     """Train twice, first to see the process's memory and then with allocations counted; return both and the plan."""
     config, launch = parse_config([*arguments, "--train.steps", str(STEPS), "--output", str(output)])
     gc.collect()
-    before = _forget_peak()
+    before = restart_peak()
     _train(config, launch.deepspeed, ranks)
-    peak_rss = _mib("VmHWM") - before
+    peak_rss = peak_mib() - before
     gc.collect()  # what is let go of while allocations are counted would be subtracted
     with Allocations() as allocations:
         trainer = _train(config, launch.deepspeed, ranks)
@@ -107,6 +109,7 @@ def measure(arguments: list[str], output: Path, ranks: Ranks) -> dict[str, Any]:
         "peak_planned": planned.peak,
         "peak_rss": peak_rss * 2**20,
         "parts_planned": {**planned.parts, "activations": planned.activations},
+        "environment": environment(ranks.device),
     }
 
 
@@ -123,19 +126,9 @@ def _train(config: Config, deepspeed_json: str | None, ranks: Ranks) -> Trainer:
     return trainer
 
 
-def _forget_peak() -> float:
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return _mib("VmRSS")
-
-
-def _mib(field: str) -> float:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split(f"{field}:")[1].split()[0]) / 1024
-
-
 def main() -> None:
     """Measure every run and write what was found."""
-    runs, out = (Path(argument) for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    runs, out = map(Path, sys.argv[1:])
     ranks = start()
     try:
         found = [

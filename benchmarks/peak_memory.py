@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.timing import CPU
+
 
 def peak_growth_mib(contender: str, device: torch.device) -> float:
-    """Measure one contender of kernels.xmm_head in fp32, in a fresh process."""
+    """Measure one contender of kernel_cases.xmm_head in fp32, in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.peak_memory", contender, device.type]
     root = Path(__file__).resolve().parent.parent
     ran = subprocess.run(command, cwd=root, env=fresh_environment(), capture_output=True, text=True, check=True)
@@ -23,35 +25,42 @@ def peak_growth_mib(contender: str, device: torch.device) -> float:
 
 def main(contender: str, device: torch.device) -> None:
     """Print MiB between just before and the highest point."""
-    from benchmarks.kernels import xmm_head
+    from benchmarks.kernel_cases import xmm_head
 
     torch.manual_seed(0)
-    run = xmm_head(device, torch.float32)[contender]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
-    run()  # what a process keeps after its first products: buffers of libraries
-    restart_peak()
-    before = memory_mib("VmRSS")
+    run = xmm_head(device, torch.float32).runs[contender]
+    run()  # what a process keeps after its first products: buffers and workspaces of libraries
+    before = restart_peak(device)
     run()
-    print(memory_mib("VmHWM") - before)
+    print(peak_mib(device) - before)
 
 
-def fresh_environment() -> dict[str, str]:
-    """Return the environment for a process whose memory is measured: glibc gives back what is freed."""
-    return {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+def fresh_environment(threshold: int = 1 << 16) -> dict[str, str]:
+    """Return the environment for a process whose memory is measured: glibc gives back what is freed at once.
+
+    threshold: bytes from which it does; a process that is timed as well takes more, since giving back costs time.
+    """
+    return {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(threshold)}
 
 
-def restart_peak() -> None:
-    """Let VmHWM start anew."""
+def restart_peak(device: torch.device = CPU) -> float:
+    """Let the peak start anew; return the MiB in use now: of a card what is allocated there, else the process's."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 2**20
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return _status_mib("VmRSS")
 
 
-def memory_mib(field: str) -> float:
-    """Return a line of this process's memory status: VmRSS now, VmHWM at its highest."""
+def peak_mib(device: torch.device = CPU) -> float:
+    """Return the MiB at the highest point since restart_peak."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return _status_mib("VmHWM")
+
+
+def _status_mib(field: str) -> float:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 

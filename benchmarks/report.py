@@ -1,8 +1,8 @@
 """What was stored, over time: `python -m benchmarks report`.
 
 Reads the results of `step`, `growth` and `data` with `--json` in a folder, prints their history, compares the newest of
-each kind (size, precision, clock, processor) with the one before it, and draws them. Exit status 1 when something got
-worse.
+each kind (size, precision, clock, machine, threads, torch) with the best before it, and draws them. Exit status 1 when
+something got worse, is no longer measured, or was measured against a baseline that must not be quoted.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def by_kind(results: Sequence[dict[str, Any]]) -> dict[Kind, list[dict[str, Any]
     groups: dict[Kind, list[dict[str, Any]]] = {}
     for result in results:
         if result["benchmark"] == "step":
-            kind = (result["config"], result["precision"], result["clock"], result["environment"]["processor"])
+            kind = (result["config"], result["precision"], f"{result['clock']} clock", *_where(result))
             groups.setdefault(kind, []).append(result)
     return groups
 
@@ -64,22 +64,31 @@ def data_by_kind(results: Sequence[dict[str, Any]]) -> dict[Kind, list[dict[str,
     for result in results:
         if result["benchmark"] == "data":
             for pictures, found in result["pictures"].items():
-                kind = ("data", pictures, result["environment"]["processor"])
+                kind = ("data", pictures, *_where(result))
                 shared = {name: result[name] for name in ("date", "environment")}
                 groups.setdefault(kind, []).append({**shared, **found})
     return groups
 
 
+def _where(result: dict[str, Any]) -> Kind:
+    """Return what a timing depends on beside the code: another of these, another history."""
+    where = result["environment"]
+    return where["processor"], where["device"], f"{where['threads']} thread(s)", f"torch {where['torch']}"
+
+
 def regressions(history: Sequence[dict[str, Any]]) -> list[str]:
-    """Say what the newest result of a kind has worse than the one before it."""
-    if len(history) < 2:
-        return []
-    before, now = history[-2:]
-    found = []
+    """Say what the newest result of a kind has worse than the best before it: many small steps back are a large one."""
+    *before, now = history
+    found = list(now.get("objections", []))
     for name, (better, slack) in (WATCHED | WATCHED_DATA).items():
-        old, new = before.get(name), now.get(name)
-        if old and new is not None and better * (new - old) / old < -slack:
-            found.append(f"{name} was {old:.4g} ({_commit(before)}), is {new:.4g} ({_commit(now)})")
+        measured = [result for result in before if result.get(name) is not None]
+        if not measured:
+            continue
+        best, new = max(measured, key=lambda result: better * result[name]), now.get(name)
+        if new is None:
+            found.append(f"{name} was {best[name]:.4g} ({_commit(best)}), is not measured ({_commit(now)})")
+        elif better * (new - best[name]) < -slack * best[name]:
+            found.append(f"{name} was {best[name]:.4g} ({_commit(best)}), is {new:.4g} ({_commit(now)})")
     return found
 
 

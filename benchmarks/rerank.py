@@ -9,22 +9,21 @@ process of its own: pictures' tokens are made up, captions run through a stack o
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peak_memory import fresh_environment, memory_mib, restart_peak
-from benchmarks.step_contenders import CLOCKS, Clock
+from benchmarks.agreement import SAME_ARITHMETIC, largest_difference, objection
+from benchmarks.command import add_timing, conclude, new_result, parse_timing
+from benchmarks.peak_memory import fresh_environment, peak_mib, restart_peak
 from benchmarks.step_sizes import COCO_TOKENS, SIZES, changed
-from benchmarks.timing import environment
+from benchmarks.timing import Clock, alternate, environment
 from simla_ds.config import ModelConfig
 from simla_ds.downstream.gallery import Gallery, PictureTokens, match_scores
 from simla_ds.downstream.retrieval import retrieve
@@ -35,7 +34,9 @@ CASES = {"25 full tokens": (25.0, 0.0, 25), "14 of 30 tokens": (14.0, COCO_TOKEN
 PICTURES, CAPTIONS = 2, 32
 """Pictures, and candidate captions of each."""
 BATCH = 256
-"""Pairs at a time, as `retrieve` has it."""
+"""Pairs of a picture at a time, as `retrieve` has it: here all captions of one."""
+PLAIN_BATCHES = (16, CAPTIONS, PICTURES * CAPTIONS)
+"""Pairs at a time of the plain order, whose best counts: few stay in a CPU's caches, many fill a card."""
 
 
 def random_gallery(config: ModelConfig, mean: float, spread: float) -> Gallery:
@@ -60,45 +61,46 @@ def random_gallery(config: ModelConfig, mean: float, spread: float) -> Gallery:
 
 @torch.no_grad()
 def every_layer_anew(model: Simla, gallery: Gallery, image: Tensor, text: Tensor, width: int, batch: int) -> Tensor:
-    """Score pairs (P,) as a plain loop over batches of pairs does: (P,) float32."""
+    """Score pairs (P,) as a plain loop over batches of pairs does: (P,) float32, on the host."""
     assert gallery.image_tokens is not None
+    device, scores = next(model.parameters()).device, []
     pad = (0, width - gallery.text_mask.shape[1])
     ids, mask = nn.functional.pad(gallery.input_ids, pad), nn.functional.pad(gallery.text_mask, pad)
-    scores = []
     for images, texts in zip(image.split(batch), text.split(batch), strict=True):
-        hidden, _ = model.text_over_image(ids[texts], mask[texts], gallery.image_tokens.read(images))
-        scores.append(model.match_head(hidden[:, 0])[:, 1])
+        pictures, of_pair = images.unique_consecutive(return_inverse=True)  # what is timed is layers, not reading
+        tokens = gallery.image_tokens.read(pictures).to(device)[of_pair.to(device)]
+        hidden, _ = model.text_over_image(ids[texts].to(device), mask[texts].to(device), tokens)
+        scores.append(model.match_head(hidden[:, 0])[:, 1].float().cpu())
     return torch.cat(scores)
 
 
-def compare(repeats: int, clock: str, size: str) -> dict[str, dict[str, float]]:
-    """Time both orders in turn, for each case; check that they score alike."""
+def compare(repeats: int, clock: Clock, size: str) -> dict[str, dict[str, Any]]:
+    """Time both orders in turn, for each case, the plain one with several batches; check that they score alike."""
     found = {}
     for name, (mean, spread, width) in CASES.items():
         torch.manual_seed(0)
         config = SIZES[size].model
-        model, gallery = Simla(config).eval(), random_gallery(config, mean, spread)
+        model, gallery = Simla(config).eval().to(clock.device), random_gallery(config, mean, spread)
         image = torch.arange(PICTURES).repeat_interleave(CAPTIONS)
         text = torch.arange(CAPTIONS).repeat(PICTURES)
         contenders: dict[str, Callable[[], Tensor]] = {
-            "plain": lambda m=model, g=gallery, i=image, t=text, w=width: every_layer_anew(m, g, i, t, w, 16),
-            "ours": lambda m=model, g=gallery, i=image, t=text: match_scores(m, g, i, t, batch_size=BATCH),
+            f"plain, {batch} pairs a batch": partial(every_layer_anew, model, gallery, image, text, width, batch)
+            for batch in PLAIN_BATCHES
         }
-        times: dict[str, list[float]] = {contender: [] for contender in contenders}
-        scores: dict[str, Tensor] = {}
-        for turn in range(repeats + 1):
-            for contender, run in contenders.items():
-                watch = Clock(clock)
-                started = watch.seconds()
-                scores[contender] = run()
-                if turn:  # the first round warms up
-                    times[contender].append(watch.seconds() - started)
-        medians = {contender: statistics.median(taken) for contender, taken in times.items()}
-        apart = float((scores["plain"] - scores["ours"]).abs().max() / scores["plain"].abs().max())
+        contenders["ours"] = partial(match_scores, model, gallery, image, text, batch_size=BATCH)
+        scores = {contender: run() for contender, run in contenders.items()}  # which warms up
+        times = alternate(contenders, repeats, clock.time, warmup=0)
+        medians = {contender: time["median"] for contender, time in times.items()}
+        ours = medians.pop("ours")
+        plain = min(medians, key=medians.__getitem__)  # its best: what a user would have chosen
         found[name] = {
-            **{f"{contender}_ms_per_pair": 1e3 * t / len(image) for contender, t in medians.items()},
-            "times_as_fast": medians["plain"] / medians["ours"],
-            "score_difference": apart,
+            "plain_ms_per_pair": medians[plain] / len(image),
+            "ours_ms_per_pair": ours / len(image),
+            "times_as_fast": medians[plain] / ours,
+            "ms_per_pair": {contender: time["median"] / len(image) for contender, time in times.items()},
+            "score_difference": largest_difference(
+                [scores["ours"]] * len(medians), [scores[other] for other in medians]
+            ),
             "mean_tokens": float(gallery.text_mask.sum(1).float().mean()),
         }
     return found
@@ -138,10 +140,9 @@ def print_growth(pictures: int, rerank: int) -> None:
     model = Simla(config).eval()
     model.image_encoder = MadeUpTokens(config)  # pyright: ignore[reportAttributeAccessIssue]  a stand-in
     retrieve(model, made_up_batches(config, 20), rerank=2)  # what libraries keep
-    restart_peak()
-    before = memory_mib("VmRSS")
+    before = restart_peak()
     result = retrieve(model, made_up_batches(config, pictures), rerank=rerank)
-    print(result.pictures, result.captions, memory_mib("VmHWM") - before)
+    print(result.pictures, result.captions, peak_mib() - before)
 
 
 def memory(pictures: int, rerank: int) -> dict[str, float]:
@@ -162,15 +163,16 @@ def memory(pictures: int, rerank: int) -> dict[str, float]:
 def describe(result: dict[str, Any]) -> str:
     """Return what is printed."""
     lines = [
-        f"{name}: {at['times_as_fast']:.2f} times as fast ({at['plain_ms_per_pair']:.0f} -> "
-        f"{at['ours_ms_per_pair']:.0f} ms a pair), scores {at['score_difference']:.0e} apart"
+        f"{name}: {at['times_as_fast']:.2f} times as fast ({at['plain_ms_per_pair']:.3g} -> "
+        f"{at['ours_ms_per_pair']:.3g} ms a pair), scores {at['score_difference']:.0e} apart; "
+        + ", ".join(f"{contender} {ms:.3g}" for contender, ms in at["ms_per_pair"].items())
         for name, at in result["speed"].items()
     ]
     at = result["memory"]
     if at:
         lines.append(
             f"{at['pictures']:.0f} pictures x {at['captions']:.0f} captions, {at['rerank']:.0f} re-ranked: memory grew "
-            f"by {at['growth_mib']:.0f} MiB (made-up pictures' tokens at 384 px, a stack of one layer)"
+            f"by {at['growth_mib']:.0f} MiB on the CPU (made-up pictures' tokens at 384 px, a stack of one layer)"
         )
     return "\n".join(lines)
 
@@ -178,32 +180,31 @@ def describe(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and on request store."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks rerank", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed rounds (default: 3)")
+    add_timing(parser, repeats=3, of="timed rounds")
     parser.add_argument("--size", choices=SIZES, default="full", help="of the model (default: full)")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own seconds (default: wall)"
-    )
     parser.add_argument(
         "--pictures", type=int, default=1000, metavar="N", help="for memory; 0: leave out (default: 1000)"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="store the result")
     parser.add_argument("--growth", type=int, nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    arguments = parse_timing(parser, argv)
     if arguments.growth:
         print_growth(*arguments.growth)
         return 0
-    result = {
-        "benchmark": "rerank",
-        "clock": arguments.clock,
-        "date": time.strftime("%Y-%m-%dT%H:%M"),
-        "environment": environment(),
-        "speed": compare(arguments.repeats, arguments.clock, arguments.size),
-        "memory": memory(arguments.pictures, rerank=1) if arguments.pictures else {},
-    }
-    print(describe(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    speed = compare(arguments.repeats, Clock(arguments.clock, arguments.device), arguments.size)
+    result = new_result(
+        "rerank",
+        environment(arguments.device),
+        clock=arguments.clock,
+        speed=speed,
+        memory=memory(arguments.pictures, rerank=1) if arguments.pictures else {},
+        objections=[
+            line
+            for name, at in speed.items()
+            for line in objection(f"a score of {name}", at["score_difference"], SAME_ARITHMETIC)
+        ],
+    )
+    return conclude(result, describe(result), arguments.json)
 
 
 if __name__ == "__main__":

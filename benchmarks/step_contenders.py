@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.head_orders import IGNORED
 from benchmarks.official_order import OfficialOrder
 from benchmarks.step_sizes import changed, make_task
+from benchmarks.timing import CPU
 from simla_ds.config import Config
 from simla_ds.model.simla import Simla
 from simla_ds.model.weight_decay import parameter_groups
@@ -21,28 +21,13 @@ from simla_ds.passes import Passes
 from simla_ds.types import Batch, Features, Request
 
 ALPHA, LEARNING_RATE, WEIGHT_DECAY, MOMENTUM = 0.4, 1e-4, 0.02, 0.995
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""cpu: seconds that this process computed, on all its threads; for a machine that others use too, with one thread."""
+Part = Callable[[str], AbstractContextManager[Any]]
+"""Enters a named part of a step: benchmarks.timing.Clock.part, or nothing."""
 
 
-class Clock:
-    """Seconds by part of a step."""
-
-    def __init__(self, kind: str = "wall"):
-        self.now, self.parts = CLOCKS[kind], dict[str, float]()
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add what runs within this context to a part."""
-        started = self.seconds()
-        yield
-        self.parts[name] = self.parts.get(name, 0.0) + self.seconds() - started
-
-    def seconds(self) -> float:
-        """Return the time, once the device is done."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return self.now()
+def unnoticed(name: str) -> AbstractContextManager[Any]:
+    """Enter a part that nobody times: on a card each reading of a clock would wait for what was launched so far."""
+    return nullcontext()
 
 
 class Contender(ABC):
@@ -50,6 +35,8 @@ class Contender(ABC):
 
     computes: str
     """What a step computes, in a line."""
+    multiplies: torch.dtype
+    """What its products are of."""
 
     @property
     @abstractmethod
@@ -61,7 +48,7 @@ class Contender(ABC):
         """Run the forward and return the loss."""
 
     @abstractmethod
-    def step(self, batch: Batch, clock: Clock) -> None:
+    def step(self, batch: Batch, part: Part = unnoticed) -> None:
         """Train on the batch."""
 
 
@@ -86,19 +73,19 @@ class FusedAdamW:
 
 
 class TimedPasses(Passes):
-    """Passes with a clock."""
+    """Passes that are parts of the forward."""
 
-    def __init__(self, inner: Passes, clock: Clock, teacher: Simla):
-        self.inner, self.clock, self.teacher = inner, clock, teacher
+    def __init__(self, inner: Passes, part: Part, teacher: Simla):
+        self.inner, self.part, self.teacher = inner, part, teacher
 
     def features(self, network: Simla, batch: Batch, *, masked: bool, every_text_token: bool) -> Features:
         """As inner, timed."""
-        with self.clock.part(f"forward: encoders, {self._of(network)}"):
+        with self.part(f"forward: encoders, {self._of(network)}"):
             return self.inner.features(network, batch, masked=masked, every_text_token=every_text_token)
 
     def run(self, network: Simla, requests: Sequence[Request]) -> list[Tensor]:
         """As inner, timed."""
-        with self.clock.part(f"forward: fused passes, {self._of(network)}"):
+        with self.part(f"forward: fused passes, {self._of(network)}"):
             return self.inner.run(network, requests)
 
     def _of(self, network: Simla) -> str:
@@ -110,8 +97,8 @@ class Ours(Contender):
 
     computes = "five objectives, teacher and queue (corrected fidelity, fast passes), fused AdamW"
 
-    def __init__(self, config: Config, dtype: torch.dtype):
-        self.task = make_task(config, dtype)
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device = CPU):
+        self.task, self.multiplies = make_task(config, dtype, device), dtype
         self.optimizer = FusedAdamW(parameter_groups(self.task.model, WEIGHT_DECAY, official=False))
 
     @property
@@ -123,18 +110,18 @@ class Ours(Contender):
         """Return the summed loss."""
         return self.task(batch, alpha=ALPHA)["loss"]
 
-    def step(self, batch: Batch, clock: Clock) -> None:
+    def step(self, batch: Batch, part: Part = unnoticed) -> None:
         """Forward, backward, AdamW, queue, teacher."""
         passes = self.task.passes
-        self.task.passes = TimedPasses(passes, clock, self.task.teacher.module)
-        with clock.part("forward"):
+        self.task.passes = TimedPasses(passes, part, self.task.teacher.module)
+        with part("forward"):
             result = self.task(batch, alpha=ALPHA)
         self.task.passes = passes
-        with clock.part("backward"):
+        with part("backward"):
             result["loss"].backward()
-        with clock.part("AdamW"):
+        with part("AdamW"):
             self.optimizer.step()
-        with clock.part("queue and teacher"):
+        with part("queue and teacher"):
             self.task.queue.push(**result["queue_rows"])
             self.task.teacher.update(MOMENTUM)
 
@@ -144,9 +131,10 @@ class Published(Contender):
 
     computes = "the same five objectives, teacher and queue in the published order, teacher's dropout on, torch's AdamW"
 
-    def __init__(self, config: Config, *, autocast: bool):
+    def __init__(self, config: Config, device: torch.device = CPU, *, autocast: bool):
         config = changed(config, objectives__fidelity="official")
-        self.task, self.autocast = make_task(config), autocast
+        self.task, self.autocast = make_task(config, device=device), autocast
+        self.multiplies = torch.bfloat16 if autocast else torch.float32
         self.order = OfficialOrder(self.task)
         groups = parameter_groups(self.task.model, WEIGHT_DECAY, official=True)
         self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
@@ -160,15 +148,15 @@ class Published(Contender):
         """Return the summed loss."""
         return self._losses(batch)["total"]
 
-    def step(self, batch: Batch, clock: Clock) -> None:
+    def step(self, batch: Batch, part: Part = unnoticed) -> None:
         """Teacher, forward with the queue's update, backward, AdamW."""
-        with clock.part("queue and teacher"):
+        with part("queue and teacher"):
             self.order.move_teacher(MOMENTUM)
-        with clock.part("forward"):
+        with part("forward"):
             loss = self.loss(batch)
-        with clock.part("backward"):
+        with part("backward"):
             loss.backward()
-        with clock.part("AdamW"):
+        with part("AdamW"):
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -189,7 +177,7 @@ class Flava(Contender):
         "fused AdamW"
     )
 
-    def __init__(self, config: Config, dtype: torch.dtype):
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device = CPU):
         import transformers
 
         model = config.model
@@ -212,8 +200,8 @@ class Flava(Contender):
             init_codebook=False,
         )
         self.model: Any = transformers.FlavaForPreTraining(flava)
-        self.model.to(dtype).train()
-        self.dtype = dtype
+        self.model.to(device, dtype).train()
+        self.multiplies = dtype
         self.optimizer = FusedAdamW([{"params": list(self.model.parameters()), "weight_decay": WEIGHT_DECAY}])
 
     @property
@@ -229,7 +217,7 @@ class Flava(Contender):
         return self.model(
             input_ids=batch["input_ids"],
             input_ids_masked=batch["mlm_input_ids"],
-            pixel_values=batch["image"].to(self.dtype),
+            pixel_values=batch["image"].to(self.multiplies),
             attention_mask=mask,
             bool_masked_pos=batch["patch_mask"],
             mlm_labels=labels.view_as(batch["input_ids"]),
@@ -239,19 +227,19 @@ class Flava(Contender):
             return_loss=True,
         ).loss
 
-    def step(self, batch: Batch, clock: Clock) -> None:
+    def step(self, batch: Batch, part: Part = unnoticed) -> None:
         """Forward, backward, AdamW."""
-        with clock.part("forward"):
+        with part("forward"):
             loss = self.loss(batch)
-        with clock.part("backward"):
+        with part("backward"):
             loss.backward()
-        with clock.part("AdamW"):
+        with part("AdamW"):
             self.optimizer.step()
 
 
-BUILD: dict[str, Callable[[Config, torch.dtype], Contender]] = {
+BUILD: dict[str, Callable[[Config, torch.dtype, torch.device], Contender]] = {
     "ours": Ours,
-    "official order": lambda config, dtype: Published(config, autocast=False),
-    "official order, autocast bf16": lambda config, dtype: Published(config, autocast=True),
+    "official order": lambda config, dtype, device: Published(config, device, autocast=False),
+    "official order, autocast bf16": lambda config, dtype, device: Published(config, device, autocast=True),
     "FLAVA": Flava,
 }

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.timing import CPU
 from simla_ds.config import (
     Config,
     ContrastiveConfig,
@@ -65,16 +66,16 @@ def changed(config: Any, **settings: Any) -> Any:
     return replace(config, **replaced)
 
 
-def make_task(config: Config, dtype: torch.dtype = torch.float32) -> PretrainTask:
-    """Return a task with random weights and a full queue, in training mode."""
+def make_task(config: Config, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> PretrainTask:
+    """Return a task with random weights, the same on every device, and a full queue, in training mode."""
     torch.manual_seed(0)
-    model = Simla(config.model).to(dtype)
-    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype).follow(ModuleSource(model))
-    queue = FeatureQueue.random(config.objectives.itc.queue_size, config.model.projection_size)
+    model = Simla(config.model).to(device, dtype)
+    teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype, device=device).follow(ModuleSource(model))
+    queue = FeatureQueue.random(config.objectives.itc.queue_size, config.model.projection_size).to(device)
     return PretrainTask(model, teacher, queue, config).train()
 
 
-def make_batch(config: Config, seed: int = 0, *, tokens: int = 0) -> Batch:
+def make_batch(config: Config, seed: int = 0, *, tokens: int = 0, device: torch.device = CPU) -> Batch:
     """Return a batch of random pictures and captions; `tokens` > 0 gives every caption that length."""
     rng = np.random.default_rng(seed)
     model, objectives = config.model, config.objectives
@@ -111,10 +112,11 @@ def make_batch(config: Config, seed: int = 0, *, tokens: int = 0) -> Batch:
     batch = as_floats(collate(pairs, model.vocabulary))
     codes = rng.integers(0, model.vocabulary.visual_size, (len(pairs), model.vision.patches))
     batch["visual_ids"] = torch.from_numpy(codes)
-    return batch
+    tensors: Any = batch
+    return Batch(**{name: value.to(device) for name, value in tensors.items()})
 
 
 def with_negatives(batch: Batch) -> Batch:
     """Return the batch with fixed wrong pictures and captions: the next pair's, and the one's after it."""
-    own = torch.arange(len(batch["image"]))
+    own = torch.arange(len(batch["image"]), device=batch["image"].device)
     return {**batch, "negative_image": own.roll(-1), "negative_text": own.roll(1)}

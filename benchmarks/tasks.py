@@ -3,12 +3,13 @@
 Each task is learnt from a pretrained model, and from scratch; VQA, NLVR2 and SNLI-VE also with the pictures blanked and
 with the words blanked, which shows what a task gives away. Every run is launch/finetune.py's: same trainer, same
 defaults but for its length. Measured on scenes of the test split. With --json, runs that the file holds already are not
-repeated, so that a table can be made in pieces.
+repeated, so that a table can be made in pieces: of one model and one set of scenes, told by their hashes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -19,10 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.timing import environment
 from simla_ds.downstream.config import FinetuneConfig
 from simla_ds.downstream.evaluation import evaluate_folder
 from simla_ds.downstream.tasks import make_task
+from simla_ds.hub import WEIGHTS
 from simla_ds.parsing import parse_config
 
 ZERO = Path(__file__).parents[1] / "ds_configs" / "zero0.json"
@@ -110,6 +114,32 @@ def commonest_per_question(entries: Sequence[dict[str, Any]], predictions: Seque
     return 100 * sum(max(map(a.count, set(a))) for a in answers.values()) / len(predictions)
 
 
+def differing(stored: dict[str, Any], settings: dict[str, Any], *, adding: bool) -> str:
+    """Return why results of these settings do not belong beside the stored ones; "" when they do.
+
+    A file from before models were recorded can be shown, and not added to.
+    """
+    for name, value in settings.items():
+        if name in stored and stored[name] != value:
+            return f"was made with {name} {stored[name]}, not {value}"
+        if name not in stored and adding:
+            return f"does not say of which {name} its results are (here: {value}), so that nothing can be added"
+    return ""
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:12]
+
+
+def trainer_device() -> torch.device:
+    """Return the kind of device that the runs took."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    return torch.device(accelerator.current_device_name())
+
+
 def table(results: dict[str, dict[str, float]]) -> str:
     """Return a row per task: mean and range over seeds of each way, and a guess."""
     lines = [
@@ -142,17 +172,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=300, metavar="N", help="test scenes used; 0: all (default: 300)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="store, and go on with, the results")
     arguments = parser.parse_args(argv)
+    for needed in (arguments.model / WEIGHTS, arguments.scenes / "manifest.json"):
+        if not needed.is_file():
+            parser.error(
+                f"{needed} is not there: --model takes a model folder, --scenes what `simla prepare scenes` made"
+            )
     settings = {"samples": arguments.samples, "test_scenes": arguments.limit}
-    stored: dict[str, Any] = {"benchmark": "tasks", **settings, "environment": environment(), "results": {}}
+    settings |= {"model": _hash(arguments.model / WEIGHTS), "scenes": _hash(arguments.scenes / "manifest.json")}
+    stored: dict[str, Any] = {"benchmark": "tasks", **settings, "environment": {}, "results": {}}
     if arguments.json and arguments.json.is_file():
         stored = json.loads(arguments.json.read_text(encoding="utf-8"))
-        if differing := {key: stored[key] for key, value in settings.items() if stored[key] != value}:
-            print(f"tasks: error: {arguments.json} was made with {differing}: name another file", file=sys.stderr)
-            return 2
-    for job in jobs(arguments.tasks, arguments.ways, arguments.seeds):
-        if job.name in stored["results"]:
-            continue
+    missing = [
+        job for job in jobs(arguments.tasks, arguments.ways, arguments.seeds) if job.name not in stored["results"]
+    ]
+    if refusal := differing(stored, settings, adding=bool(missing)):
+        print(f"tasks: error: {arguments.json} {refusal}; name another file with --json", file=sys.stderr)
+        return 2
+    for job in missing:
         measured = run(job, arguments.model, arguments.scenes, arguments.samples, arguments.limit)
+        stored["environment"] = stored["environment"] or environment(trainer_device())
         stored["results"][job.name] = measured
         metric = make_task(job.task, None).metric
         print(f"{job.name}: {metric} {measured[metric]:.1f}, {measured['cpu_seconds']:.0f} CPU s", file=sys.stderr)

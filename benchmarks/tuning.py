@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from benchmarks.agreement import largest_difference
 from simla_kernels.configs import trying
 from simla_kernels.launching import LaunchConfig
 from simla_kernels.tuned import Configs
@@ -22,24 +22,29 @@ TOLERANCE = 1e-2
 """Largest change of a result in units of its largest entry: another order of summation, in bf16."""
 
 
-def tune(run: Callable[[], Sequence[Tensor]], milliseconds: Callable[[Callable[[], object]], float]) -> Configs:
+def tune(run: Callable[[], Sequence[Tensor]], seconds: Callable[[Callable[[], object]], float]) -> Configs:
     """Return the configurations that `run` uses where others than the fixed ones were faster.
 
     Args:
-        run: launches kernels and returns what they made.
-        milliseconds: times a call.
+        run: launches kernels and returns what they made, alike at every call.
+        seconds: times a call.
+
+    Raises:
+        ValueError: two calls with the fixed configurations differ, so that no other could be seen to be right.
     """
     chosen: Configs = {}
     with trying(chosen):
         wanted = run()
-        fixed, best = dict(chosen), milliseconds(run)
+        if not largest_difference(run(), wanted) <= TOLERANCE:
+            raise ValueError("two runs with the same configurations differ: fix the seed of what they draw")
+        fixed, best = dict(chosen), seconds(run)
         for key in fixed:
             improved = True
             while improved:
                 improved = False
                 for candidate in neighbours(chosen[key]):
                     before, chosen[key] = chosen[key], candidate
-                    taken = _time(run, wanted, milliseconds)
+                    taken = _time(run, wanted, seconds)
                     if taken < GAIN * best:
                         best, improved = taken, True
                     else:
@@ -62,19 +67,12 @@ def neighbours(config: LaunchConfig) -> Iterator[LaunchConfig]:
 
 
 def _time(
-    run: Callable[[], Sequence[Tensor]],
-    wanted: Sequence[Tensor],
-    milliseconds: Callable[[Callable[[], object]], float],
+    run: Callable[[], Sequence[Tensor]], wanted: Sequence[Tensor], seconds: Callable[[Callable[[], object]], float]
 ) -> float:
     try:
         made = run()
-        taken = milliseconds(run)
+        taken = seconds(run)
     except Exception as error:  # a compiler or driver refuses sizes in any way it likes
         print(f"      passed over: {type(error).__name__}: {str(error).splitlines()[:1]}")
         return float("inf")
-    return taken if all(_alike(a, b) for a, b in zip(made, wanted, strict=True)) else float("inf")
-
-
-def _alike(made: Tensor, wanted: Tensor) -> bool:
-    scale = float(wanted.float().abs().max()) if wanted.numel() else 0.0
-    return bool(torch.allclose(made.float(), wanted.float(), rtol=0, atol=TOLERANCE * max(scale, 1e-30)))
+    return taken if largest_difference(made, wanted) <= TOLERANCE else float("inf")

@@ -1,6 +1,7 @@
 """Bytes that a rank sends in a step, counted at c10d, against the plan's."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def test_a_ring_of_one_sends_nothing_and_of_four_three_quarters(tmp_path: Path):
 def test_a_step_sends_what_the_plan_says(tmp_path: Path):
     out = tmp_path / "found.json"
     launch("benchmarks.communication", RANKS, str(scenes(tmp_path)), str(out), "1")
-    found = json.loads(out.read_text())
+    content = json.loads(out.read_text())
+    found, where = content["stages"], content["environment"]
+    assert (where["device"], where["threads"]) == ("cpu", int(os.environ["OMP_NUM_THREADS"]))
     for stage, one in found.items():
         counted, planned = sum(one["sent"].values()), sum(one["planned"].values())
         assert counted == pytest.approx(planned, rel=0.05), (stage, one)

@@ -9,6 +9,10 @@ import pytest
 from benchmarks import report
 
 
+def environment(date: str, **other: Any) -> dict[str, Any]:
+    return {"processor": "a CPU", "device": "cpu", "threads": 1, "torch": "2", "commit": f"c{date}", **other}
+
+
 def result(date: str, **figures: Any) -> dict[str, Any]:
     return {
         "benchmark": "step",
@@ -16,7 +20,7 @@ def result(date: str, **figures: Any) -> dict[str, Any]:
         "precision": "fp32",
         "clock": "wall",
         "date": date,
-        "environment": {"processor": "a CPU", "commit": f"c{date}"},
+        "environment": environment(date),
         "ratio_vs_official_order": 1.5,
         "useful_share_of_gemm": 0.5,
         "saved_bytes": 1000,
@@ -41,10 +45,11 @@ def store(folder: Path, *results: dict[str, Any]) -> None:
         ({"ratio_vs_official_order": 2.0}, None),
         ({"saved_bytes": 1020}, "saved_bytes was 1000 (c1), is 1020 (c2)"),
         ({"saved_bytes": 500}, None),
-        ({"useful_share_of_gemm": None}, None),
+        ({"useful_share_of_gemm": None}, "useful_share_of_gemm was 0.5 (c1), is not measured (c2)"),
+        ({"objections": ["the baseline is 2.00 times slower than published"]}, "the baseline is 2.00 times slower"),
     ],
 )
-def test_the_newest_is_held_against_the_one_before(tmp_path: Path, capsys: Any, change: dict, worse: str | None):
+def test_the_newest_is_held_against_what_was_before(tmp_path: Path, capsys: Any, change: dict, worse: str | None):
     store(tmp_path, result("1"), result("2", **change))
     status = report.main(["--results", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -52,22 +57,38 @@ def test_the_newest_is_held_against_the_one_before(tmp_path: Path, capsys: Any, 
     assert (worse or "nothing got worse") in printed
 
 
-def test_other_machines_and_clocks_are_not_compared(tmp_path: Path):
-    store(tmp_path, result("1"), result("2", saved_bytes=5000, clock="cpu"))
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"clock": "cpu"},
+        *({"environment": environment("2", **one)} for one in ({"device": "a card"}, {"threads": 2}, {"torch": "3"})),
+    ],
+)
+def test_other_machines_clocks_threads_and_versions_are_not_compared(tmp_path: Path, other: dict[str, Any]):
+    store(tmp_path, result("1"), result("2", saved_bytes=5000, **other))
     assert report.main(["--results", str(tmp_path)]) == 0
+
+
+def test_the_best_of_all_before_is_what_counts(tmp_path: Path, capsys: Any):
+    ratios = (1.5, 1.7, 1.6, 1.5)  # each within the slack of the one before it
+    store(tmp_path, *(result(str(n), ratio_vs_official_order=ratio) for n, ratio in enumerate(ratios)))
+    assert report.main(["--results", str(tmp_path)]) == 1
+    assert "ratio_vs_official_order was 1.7 (c1), is 1.5 (c3)" in capsys.readouterr().out
 
 
 def test_kinds_of_pictures_are_each_held_against_their_own_past(tmp_path: Path, capsys: Any):
     def data(date: str, **ratios: float) -> dict[str, Any]:
         found = {size: {"bits_per_pixel": 2.0, "ratio_vs_pil_torchvision": ratio} for size, ratio in ratios.items()}
-        environment = {"processor": "a CPU", "commit": f"c{date}"}
-        return {"benchmark": "data", "date": date, "environment": environment, "pictures": found}
+        return {"benchmark": "data", "date": date, "environment": environment(date), "pictures": found}
 
     store(tmp_path, result("0"), data("1", small=1.8, large=4.0), data("2", small=1.7, large=3.0))
     assert report.main(["--results", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert printed.count("REGRESSION") == 1
-    assert "REGRESSION data, large, a CPU: ratio_vs_pil_torchvision was 4 (c1), is 3 (c2)" in printed
+    assert (
+        "REGRESSION data, large, a CPU, cpu, 1 thread(s), torch 2: ratio_vs_pil_torchvision was 4 (c1), is 3 (c2)"
+        in printed
+    )
 
 
 def test_it_draws(tmp_path: Path):

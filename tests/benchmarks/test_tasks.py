@@ -2,6 +2,10 @@
 
 import json
 
+import pytest
+import torch
+
+from benchmarks import tasks
 from benchmarks.tasks import LEARNT, Job, commonest_per_question, jobs, sizes_of, table
 from simla_ds.downstream.config import FinetuneConfig
 from simla_ds.parsing import parse_config
@@ -40,3 +44,55 @@ def test_the_guess_knows_the_kind_of_question():
         {"question_type": kind, "answer": answer} for kind, answer in (("a", "x"), ("a", "x"), ("a", "y"), ("b", "z"))
     ]
     assert commonest_per_question(entries, [{"entry": n} for n in range(4)]) == 75.0
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch) -> list[str]:
+    """Arguments for two runs of VQA; a run takes no time."""
+    monkeypatch.setattr(tasks, "run", lambda *_: {"accuracy": 50.0, "majority": 30.0, "cpu_seconds": 1.0})
+    monkeypatch.setattr(tasks, "trainer_device", lambda: torch.device("cpu"))
+    for name, file in (("model", "model.safetensors"), ("scenes", "manifest.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("first")
+    folders = ["--model", str(tmp_path / "model"), "--scenes", str(tmp_path / "scenes")]
+    return [*folders, "--tasks", "vqa", "--ways", "pretrained", "scratch", "--json", str(tmp_path / "out.json")]
+
+
+def test_a_file_goes_on_with_the_same_model_and_scenes(given, tmp_path, capsys):
+    assert tasks.main([*given, "--seeds", "1"]) == 0
+    assert tasks.main([*given, "--seeds", "2"]) == 0
+    stored = json.loads((tmp_path / "out.json").read_text())
+    assert len(stored["results"]) == 4
+    assert (len(stored["model"]), len(stored["scenes"]), stored["environment"]["device"]) == (12, 12, "cpu")
+    assert "| vqa | accuracy | 50.0 (50.0 to 50.0) | 50.0 (50.0 to 50.0) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["model", "scenes"])
+def test_results_of_another_model_or_other_scenes_are_refused_in_a_line(given, tmp_path, capsys, other):
+    assert tasks.main([*given, "--seeds", "1"]) == 0
+    for file in (tmp_path / other).iterdir():
+        file.write_text("second")
+    before = (tmp_path / "out.json").read_text()
+    assert tasks.main([*given, "--seeds", "2"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"out.json was made with {other} " in said
+    assert "name another file with --json" in said
+    assert (tmp_path / "out.json").read_text() == before
+
+
+def test_a_file_from_before_models_were_recorded_is_shown_and_not_added_to(given, tmp_path, project_root, capsys):
+    old = json.loads((project_root / "benchmarks" / "results" / "tasks.json").read_text())
+    assert "model" not in old
+    (tmp_path / "out.json").write_text(json.dumps(old))
+    given = [*given, "--samples", str(old["samples"]), "--limit", str(old["test_scenes"])]
+    assert tasks.main([*given, "--seeds", "1"]) == 0
+    assert "| vqa | accuracy | 52.5 |" in capsys.readouterr().out
+    assert tasks.main([*given, "--seeds", "2"]) == 2
+    assert "does not say of which model its results are" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_refused(given, tmp_path, capsys):
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(SystemExit):
+        tasks.main(given)
+    assert "model.safetensors is not there" in capsys.readouterr().err

@@ -28,7 +28,7 @@ class Kernel:
             raise RuntimeError("out of resources: shared memory")
         return [torch.ones(3) * (2.0 if self.used.tiles["BLOCK_M"] == self.wrong_at else 1.0)]
 
-    def milliseconds(self, run: object) -> float:
+    def seconds(self, run: object) -> float:
         self()
         wanted = {"BLOCK_M": 128, "BLOCK_N": 32}
         steps = sum(abs(size.bit_length() - wanted[name].bit_length()) for name, size in self.used.tiles.items())
@@ -37,7 +37,7 @@ class Kernel:
 
 def test_the_fastest_neighbour_is_followed_until_none_is_faster():
     kernel = Kernel()
-    found = tune(kernel, kernel.milliseconds)
+    found = tune(kernel, kernel.seconds)
     assert found == {KEY: LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8)}
     assert config(*KEY, CPU) == CONFIGS[KEY]  # nothing stays behind
 
@@ -45,7 +45,18 @@ def test_the_fastest_neighbour_is_followed_until_none_is_faster():
 @pytest.mark.parametrize("fault", ["fails_at", "wrong_at"])
 def test_what_fails_or_changes_the_result_is_passed_over(fault: str):
     kernel = Kernel(**{fault: 128})
-    assert tune(kernel, kernel.milliseconds) == {KEY: LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8)}
+    assert tune(kernel, kernel.seconds) == {KEY: LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8)}
+
+
+def test_a_run_that_draws_anew_at_every_call_is_refused_before_anything_is_tried():
+    kernel, generator = Kernel(), torch.Generator().manual_seed(0)
+
+    def drawing() -> list[Tensor]:
+        return [t * torch.rand(3, generator=generator) for t in kernel()]
+
+    with pytest.raises(ValueError, match="two runs with the same configurations differ"):
+        tune(drawing, lambda run: pytest.fail("nothing must be timed"))
+    assert config(*KEY, CPU) == CONFIGS[KEY]
 
 
 @pytest.fixture

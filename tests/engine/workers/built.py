@@ -15,7 +15,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from benchmarks.peak_memory import memory_mib, restart_peak
+from benchmarks.peak_memory import peak_mib, restart_peak
 from simla_ds.config import InitConfig, ModelConfig, StreamConfig, VisionConfig, VocabularyConfig
 from simla_ds.downstream.nlvr2 import PairNetwork
 from simla_ds.downstream.snli_ve import EntailmentNetwork
@@ -110,12 +110,11 @@ def compare(build: Callable[[], Network], ranks: Ranks) -> dict[str, Any]:
 
 def peak(within: AbstractContextManager[Any]) -> float:
     """Return MiB that building the large model takes at its highest, beyond what was held before."""
-    restart_peak()
-    before = memory_mib("VmRSS")
+    before = restart_peak()
     with within:
         model = Simla(LARGE)
     del model
-    return memory_mib("VmHWM") - before
+    return peak_mib() - before
 
 
 def memory(ranks: Ranks) -> dict[str, Any]:
