@@ -20,7 +20,7 @@ from simla_kernels.dropout import as_seed, keep_mask, philox_uniform
 
 aten = torch.ops.aten
 LONG_ROW = 128
-"""Keys, and queries, from which SDPA's flash path beats matmul-softmax-matmul on a CPU in fp32 (measured at 257)."""
+"""Keys, or queries, from which SDPA's flash path beats matmul-softmax-matmul on a CPU in fp32 (measured at 257)."""
 HEAD_SIZES = range(16, 129)
 """Of Triton's kernels."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,10 +61,10 @@ def cross_attention_reference(
 def _is_flash(q: Tensor, queries: int, keys: int, dropout_p: float) -> bool:
     """Whether SDPA's flash path runs on rows of so many queries and keys: it makes the weights again in backward.
 
-    It wins over many keys, with AVX512 only if the queries are many as well. Over few keys it gains nothing, and its
+    It wins with many queries, and over many keys unless the CPU has AVX512. With few of both it gains nothing, and its
     approximate exponential shows in gradients that nearly cancel.
     """
-    if q.device.type != "cpu" or half.operand_dtype(q) != torch.float32 or dropout_p or keys < LONG_ROW:
+    if q.device.type != "cpu" or half.operand_dtype(q) != torch.float32 or dropout_p or max(queries, keys) < LONG_ROW:
         return False
     return queries >= LONG_ROW or torch.backends.cpu.get_cpu_capability() != "AVX512"
 
