@@ -114,7 +114,10 @@ def _packed(device: torch.device, dtype: torch.dtype) -> Case:
         from torch.nn.attention.varlen import varlen_attn
 
         cu_q, cu_k = starts.int(), picture_starts.int()
-        flash: Callable[[], Any] = lambda: varlen_attn(q, k, v, cu_q, cu_k, max(LENGTHS), 257)  # noqa: E731
+
+        def flash() -> Tensor:
+            return _tensor(varlen_attn(q, k, v, cu_q, cu_k, max(LENGTHS), 257))
+
         runs["varlen_attn"] = _with_backward(flash, (q, k, v), direction[inside])
 
     def unpadded(run: Run) -> Run:

@@ -1,6 +1,7 @@
 """Image-text contrast against its definition, row by row in float64."""
 
 from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def make_features(seed: int) -> Features:
     return Features(empty, None, empty, empty, image_feature=image, text_feature=text)
 
 
-def make_step(fidelity: str = "corrected", fill: int = 5) -> tuple[ImageTextContrast, Batch, StepFeatures, Tensor]:
+def make_step(
+    fidelity: Literal["corrected", "official"] = "corrected", fill: int = 5
+) -> tuple[ImageTextContrast, Batch, StepFeatures, Tensor]:
     """Return the objective, a batch, its features and the temperature; the queue of 8 has `fill` rows."""
     batch = make_batch([5] * ROWS)
     batch["image_id"] = torch.tensor(PICTURES)
@@ -42,8 +45,9 @@ def make_step(fidelity: str = "corrected", fill: int = 5) -> tuple[ImageTextCont
     official = fidelity == "official"
     keys = contrast_keys(teacher, batch, temperature, queue, official=official)
     step = StepFeatures(student, teacher, keys)
-    config = ObjectivesConfig(fidelity=fidelity)  # type: ignore[arg-type]  one of two, by parametrize
-    networks = Networks(None, None)  # type: ignore[arg-type]  ITC has no head
+    config = ObjectivesConfig(fidelity=fidelity)
+    no_head: Any = None
+    networks = Networks(no_head, no_head)
     return ImageTextContrast(networks, config, VocabularyConfig(size=50)), batch, step, temperature
 
 

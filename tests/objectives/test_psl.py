@@ -1,6 +1,6 @@
 """Pseudo-labelled keywords: who may be one, how ties break, and the loss against its definition."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ from tests.tiny import make_batch, make_task, run_config
 PAD, CLS, SEP = 0, 2, 3
 
 
-def make_objective(fidelity: str = "corrected", **psl: Any) -> PseudoLabelledKeywords:
-    config = ObjectivesConfig(fidelity=fidelity, psl=PseudoLabelConfig(**psl))  # type: ignore[arg-type]  keys by name
-    networks = Networks(None, None)  # type: ignore[arg-type]  keywords need no head
+def make_objective(fidelity: Literal["corrected", "official"] = "corrected", **psl: Any) -> PseudoLabelledKeywords:
+    config = ObjectivesConfig(fidelity=fidelity, psl=PseudoLabelConfig(**psl))
+    no_head: Any = None
+    networks = Networks(no_head, no_head)
     return PseudoLabelledKeywords(networks, config, VocabularyConfig(size=50))
 
 
