@@ -1,6 +1,8 @@
 """What the numbers of several seeds say: means, paired differences, and what could have been seen at all.
 
-Seeds share start weights and the order of the data between sets, so differences are paired by seed.
+Seeds share start weights and the order of the data between sets, so differences are paired by seed. Three seeds say
+little of how much one difference varies, so this is estimated from all sets of a fraction together: a randomised
+complete block design, with sets as treatments and seeds as blocks (Fisher 1935, The Design of Experiments, chapter 4).
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ class Estimate:
     """Standard error of the mean; None for one seed."""
     count: int
     """Seeds."""
+    freedom: int
+    """Degrees of freedom of the error."""
 
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + (f" ± {self.error:.1f}" if self.error is not None else "")
@@ -38,7 +42,7 @@ class Estimate:
         """At CONFIDENCE, Student's t over seeds; None for one seed."""
         if self.error is None:
             return None
-        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.count - 1)) * self.error
+        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom)) * self.error
         return self.mean - reach, self.mean + reach
 
     @property
@@ -48,7 +52,7 @@ class Estimate:
             return 1.0
         if self.error == 0:
             return float(self.mean == 0)
-        return float(2 * stats.t.sf(abs(self.mean) / self.error, self.count - 1))
+        return float(2 * stats.t.sf(abs(self.mean) / self.error, self.freedom))
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,6 @@ class Comparison:
         if interval is None:
             return f"{said} in one seed, without an interval"
         return f"{said} ({CONFIDENCE:.0%} interval {interval[0]:+.1f} to {interval[1]:+.1f}, {len(self.seeds)} seeds)"
-
-    @property
-    def deviation(self) -> float | None:
-        """Standard deviation of the difference over seeds; None for one seed."""
-        return None if self.difference.error is None else self.difference.error * math.sqrt(len(self.seeds))
 
 
 def by_seed(rows: Sequence[Row], group: str, fraction: float, measure: str, who: str) -> dict[int, float]:
@@ -89,16 +88,26 @@ def estimate(values: Mapping[int, float]) -> Estimate | None:
         return None
     numbers = np.array(list(values.values()))
     error = float(stats.sem(numbers)) if len(numbers) > 1 else None
-    return Estimate(float(numbers.mean()), error, len(numbers))
+    return Estimate(float(numbers.mean()), error, len(numbers), len(numbers) - 1)
 
 
-def compare(
-    first: str, second: str, of_first: Mapping[int, float], of_second: Mapping[int, float]
-) -> Comparison | None:
-    """Return the difference over the seeds that both have; None where they share none."""
-    seeds = tuple(sorted(of_first.keys() & of_second.keys()))
-    found = estimate({seed: of_first[seed] - of_second[seed] for seed in seeds})
-    return None if found is None else Comparison(first, second, seeds, found)
+def compare(first: str, second: str, block: Mapping[str, Mapping[int, float]]) -> Comparison | None:
+    """Return the difference over the seeds that both have; None where they share none.
+
+    Args:
+        block: a measure of each group by seed, all at one fraction. What seed and group do not explain is taken to
+            vary equally in every group that has all those seeds; of two groups alone this is the paired t-test.
+    """
+    seeds = tuple(sorted(block[first].keys() & block[second].keys()))
+    if not seeds:
+        return None
+    lines = {name: [of[seed] for seed in seeds] for name, of in block.items() if of.keys() >= set(seeds)}
+    table = np.array([line for name, line in lines.items() if name in (first, second) or np.isfinite(line).all()])
+    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    freedom = (len(table) - 1) * (len(seeds) - 1)
+    error = math.sqrt(2 * float((rest**2).sum()) / freedom / len(seeds)) if freedom else None
+    difference = float(np.mean(lines[first]) - np.mean(lines[second]))
+    return Comparison(first, second, seeds, Estimate(difference, error, len(seeds), freedom))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -110,23 +119,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def detectable(deviations: Sequence[tuple[float, int]], seeds: int, comparisons: int) -> float:
-    """Return the smallest true difference that so many seeds would show to be significant with POWER.
+def detectable(error: float, freedom: int, comparisons: int) -> float:
+    """Return the smallest true difference that would be shown to be significant with POWER.
 
     Args:
-        deviations: (standard deviation of a paired difference, its seeds), pooled: one alone, of three seeds, says
-            little.
-        seeds: those of the planned test, at least two.
+        error: standard error of a difference, with its degrees of freedom.
         comparisons: tests that share the error (Bonferroni, which is Holm's first step); 1: one alone.
 
     The power is that of the t test, by the noncentral t distribution.
     """
-    weight = sum(count - 1 for _, count in deviations)
-    pooled = math.sqrt(sum((count - 1) * deviation**2 for deviation, count in deviations) / weight)
-    bound = float(stats.t.isf((1 - CONFIDENCE) / 2 / comparisons, seeds - 1))
+    bound = float(stats.t.isf((1 - CONFIDENCE) / 2 / comparisons, freedom))
 
     def lacking(shift: float) -> float:
-        return float(stats.nct.sf(bound, seeds - 1, shift)) - POWER
+        return float(stats.nct.sf(bound, freedom, shift)) - POWER
 
     shift: Any = optimize.brentq(lacking, 0.0, 10.0 * bound)
-    return pooled / math.sqrt(seeds) * float(shift)
+    return error * float(shift)

@@ -60,9 +60,11 @@ def write_report(grid: Grid, folder: Path, code: str) -> int:
 
 def _how_compared(report: Report) -> str:
     return (
-        f"Differences are paired by seed, with {CONFIDENCE:.0%} intervals (Student's t), each for itself. Verdicts are "
-        f"given on one family: {report.headlines[PRIMARY].name} of the student on {report.split}, in the grid's "
-        f"{len(report.family())} comparisons at its fractions, finished or not, by Holm's correction."
+        f"Differences are paired by seed, with {CONFIDENCE:.0%} intervals (Student's t), each for itself. How much "
+        "they vary is estimated from all sets of a fraction together, as if it were equal in each (randomised complete "
+        "blocks, seeds as blocks): a few seeds of two sets alone could not tell. Verdicts are given on one family: "
+        f"{report.headlines[PRIMARY].name} of the student on {report.split}, in the grid's {len(report.family())} "
+        "comparisons at its fractions, finished or not, by Holm's correction."
     )
 
 

@@ -142,22 +142,22 @@ class Report:
         """Say which true difference each fraction's seeds would have shown."""
         family, lines = self.family(), []
         for fraction in self.fractions:
-            of = [one.found for one in family if one.fraction == fraction and one.found]
-            deviations = [(found.deviation, len(found.seeds)) for found in of if found.deviation is not None]
-            if deviations:
-                seeds = max(count for _, count in deviations)
-                alone, all_of_them = (detectable(deviations, seeds, count) for count in (1, len(family)))
+            found = [one.found.difference for one in family if one.fraction == fraction and one.found]
+            known = [(one.error, one.freedom, one.count) for one in found if one.error is not None]
+            if known:
+                error, freedom, seeds = max(known, key=lambda one: one[1:])
+                alone, all_of_them = (detectable(error, freedom, count) for count in (1, len(family)))
                 lines.append(
                     f"smallest true difference in {self.headlines[PRIMARY].name} that {seeds} seeds at {fraction:.0%} "
                     f"would show to be significant with a power of {POWER:.0%}: {alone:.1f} if it were the only "
-                    f"comparison, {all_of_them:.1f} as the first of {len(family)} (noncentral t; spread pooled over "
-                    f"{len(deviations)} comparisons)"
+                    f"comparison, {all_of_them:.1f} as the first of {len(family)} (noncentral t, {freedom} degrees of "
+                    "freedom)"
                 )
         return lines
 
     def _planned(self, first: str, second: str, measure: str, fraction: float) -> PlannedComparison:
-        mine, theirs = (self.values(group, fraction, measure) for group in (first, second))
-        return PlannedComparison(measure, fraction, compare(first, second, mine, theirs))
+        block = {group: self.values(group, fraction, measure) for group in self.groups}
+        return PlannedComparison(measure, fraction, compare(first, second, block))
 
     def _said(self, one: PlannedComparison) -> str:
         assert one.found is not None
