@@ -139,7 +139,8 @@ def summarise(answers: dict[str, dict[str, Any]], pairs: int) -> dict[str, Any]:
 def _contender(answers: dict[str, Any], pairs: int) -> dict[str, Any]:
     timed, gflop = answers["step"], answers["count"]["operations"] / 1e9
     median = statistics.median(step["seconds"] for step in timed)
-    gemm = statistics.median(rate for step in timed for rate in step["gemm_gflops"])  # in the dtype it multiplies in
+    rates = [rate for step in timed for rate in step["gemm_gflops"]]  # in the dtype it multiplies in
+    gemm = statistics.median(rates)
     return {
         "computes": answers["count"]["computes"],
         "median_seconds": median,
@@ -148,6 +149,7 @@ def _contender(answers: dict[str, Any], pairs: int) -> dict[str, Any]:
         "gflop": gflop,
         "gflops": gflop / median,
         "gemm_gflops": gemm,
+        "fastest_gemm_gflops": max(rates),
         "share_of_gemm": gflop / median / gemm,
         "peak_memory_mb": max(step["peak_memory_mb"] for step in timed),
         "seconds_by_part": answers["parts"]["seconds_by_part"],
@@ -158,14 +160,14 @@ def _contender(answers: dict[str, Any], pairs: int) -> dict[str, Any]:
 def straw_man(contenders: dict[str, dict[str, Any]], published: dict[str, tuple[float, float]]) -> dict[str, Any]:
     """Return how many times slower than published the baseline and the control are, by their shares of the GEMM rate.
 
+    Both as they were published: the fastest step, by the rate of a quiet moment, here the fastest probe of the run.
     The rule holds for the baseline scaled by that rate. FLAVA's code is unchanged: where it too is slower than
     published, the machine is worse than its products tell, and only what is left beyond that is the baseline's. It
     excuses and never accuses: where it is faster (a newer library, say), the baseline is judged as it stands.
     """
-    slower = {
-        name: gflop / seconds / PUBLISHED_RATE / contenders[name]["share_of_gemm"]
-        for name, (gflop, seconds) in published.items()
-    }
+    rate = max(of["fastest_gemm_gflops"] for of in contenders.values())
+    shares = {name: contenders[name]["gflop"] / contenders[name]["fastest_seconds"] / rate for name in published}
+    slower = {name: gflop / seconds / PUBLISHED_RATE / shares[name] for name, (gflop, seconds) in published.items()}
     return {
         "slower_than_published": slower,
         "baseline_slower": slower["official order"] / max(1.0, slower["FLAVA"]),
@@ -212,9 +214,9 @@ def describe(result: dict[str, Any]) -> str:
         )
     if slower := result.get("slower_than_published"):
         lines.append(
-            f"share of the GEMM rate, published over here: official order {slower['official order']:.2f}, FLAVA "
-            f"(unchanged code) {slower['FLAVA']:.2f}; baseline slower than published: {result['baseline_slower']:.2f} "
-            f"times ({SLOWER_AT_MOST} at most)"
+            "share of the GEMM rate, published over here (fastest step and product): official order "
+            f"{slower['official order']:.2f}, FLAVA (unchanged code) {slower['FLAVA']:.2f}; baseline slower than "
+            f"published: {result['baseline_slower']:.2f} times ({SLOWER_AT_MOST} at most)"
         )
     return "\n".join(lines)
 

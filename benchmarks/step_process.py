@@ -20,7 +20,7 @@ import torch
 from benchmarks.agreement import largest_difference
 from benchmarks.counting import Operations, saved_for_backward
 from benchmarks.official_order import OfficialOrder
-from benchmarks.peak_memory import fresh_environment, peak_mib, restart_peak
+from benchmarks.peak_memory import peak_mib, restart_peak
 from benchmarks.step_contenders import ALPHA, BUILD, Contender, Ours
 from benchmarks.step_sizes import SIZES, changed, make_batch, make_task, with_negatives
 from benchmarks.timing import Clock
@@ -42,8 +42,8 @@ class ContenderProcess:
 
     def __init__(self, name: str, size: str, precision: str, clock: str, device: torch.device):
         command = [sys.executable, "-m", "benchmarks.step_process", name, size, precision, clock, device.type]
-        pipe, environment = subprocess.PIPE, fresh_environment(threshold=1 << 20)
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=pipe, stdout=pipe)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe)
 
     def ask(self, command: str) -> dict[str, Any]:
         """Send a command and return the answer. RuntimeError when the process ended instead."""
