@@ -61,8 +61,15 @@ def cross_attention_varlen_reference(
 # PyTorch's path: rows padded to the longest, inside the operation
 
 
+def _is_full(total: int, cu: Tensor, longest: int) -> bool:
+    """Whether all rows are equally long, pictures say: by host numbers, since none is longer than the longest."""
+    return total == (cu.numel() - 1) * longest
+
+
 def _pad(t: Tensor, cu: Tensor, longest: int) -> Tensor:
     """(total, H, D) packed tokens to (B, H, longest, D), zeros behind each row's end."""
+    if _is_full(t.shape[0], cu, longest):
+        return t.unflatten(0, (-1, longest)).transpose(1, 2)
     place = torch.arange(longest, device=t.device)
     inside = place < (cu[1:] - cu[:-1])[:, None]
     where = torch.where(inside, cu[:-1, None] + place, 0)
@@ -72,6 +79,8 @@ def _pad(t: Tensor, cu: Tensor, longest: int) -> Tensor:
 
 def _unpad(t: Tensor, cu: Tensor, total: int) -> Tensor:
     """(B, H, longest, D) to the (total, H, D) tokens inside."""
+    if _is_full(total, cu, t.shape[2]):
+        return t.transpose(1, 2).flatten(0, 1)
     token = torch.arange(total, device=t.device)
     row = torch.searchsorted(cu[1:], token, right=True)
     return t.transpose(1, 2).flatten(0, 1).index_select(0, row * t.shape[2] + token - cu[row])
@@ -97,7 +106,8 @@ def _forward(
         return kernels.forward(q, k, v, None, index, p, int(seed), cls, packing)
     padded = (_pad(q, cu_q, max_q), _pad(k, cu_k, max_k), _pad(v, cu_k, max_k))
     inside = _inside(cu_k, max_k)
-    out, state, row = _torch_forward(*padded, inside, index, p, seed, cls)
+    mask = None if _is_full(k.shape[0], cu_k, max_k) else inside
+    out, state, row = _torch_forward(*padded, mask, index, p, seed, cls)
     if cls:  # a row without keys or without a first query attends to nothing here, evenly to padding there
         row = row * _read_by(index, inside)[:, None] * _inside(cu_q, 1)[:, None]
     return _unpad(out, cu_q, q.shape[0]), state, row
@@ -127,7 +137,7 @@ def _backward(
         return kernels.backward(dout, q, k, v, out, state, None, index, p, int(seed), packing)
     dout, asking = _pad(dout, cu_q, max_q), _pad(q, cu_q, max_q)
     out = None if out is None else _pad(out, cu_q, max_q)
-    mask = _inside(cu_k, max_k)
+    mask = None if _is_full(k.shape[0], cu_k, max_k) else _inside(cu_k, max_k)
     answering = _pad(k, cu_k, max_k), _pad(v, cu_k, max_k)
     dq, dk, dv = _torch_backward(dout, asking, *answering, out, state, mask, index, p, seed)
     return _unpad(dq, cu_q, q.shape[0]), _unpad(dk, cu_k, k.shape[0]), _unpad(dv, cu_k, k.shape[0])

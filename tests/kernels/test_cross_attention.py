@@ -163,6 +163,8 @@ def packed(lengths: list[int], key_lengths: list[int], **more: Any) -> dict[str,
         ([30, 1, 17], [30, 1, 17], None),
         ([3, 5, 1], [7, 0, 31], None),  # a row without keys
         ([3, 0, 5], [2, 4, 1], None),  # a row without queries
+        ([5, 5], [31, 31], None),  # nothing to pad
+        ([131, 131, 131], [7, 7, 7], None),
         ([30, 9, 25, 11], [257, 257], [1, 1, 0, 1]),  # captions over shared pictures
     ],
 )
@@ -193,6 +195,8 @@ def test_opcheck_passes(op: str, dropout_p: float):
     else:
         arguments = (*packed([3, 1], [4, 2]).values(), None, dropout_p, seed, True)
     operation = getattr(torch.ops.simla_kernels, op).default
+    if op == "cross_attention_varlen":  # rows of one length, which are not padded
+        torch.library.opcheck(operation, (*packed([2, 2], [4, 4]).values(), None, dropout_p, seed, True))
     torch.library.opcheck(operation, arguments)
     torch.library.opcheck(operation, tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments))
 
