@@ -240,6 +240,10 @@ class CrossModalConfig:
         _require(self.every >= 1, f"objectives.xmm.every must be >= 1, got {self.every}")
 
 
+MOST_KEYWORDS = 64
+"""Of a picture, in simla_kernels.linear_soft_bce."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PseudoLabelConfig:
     """PSL: keywords picked by attention and suggested by the teacher, predicted by the image encoder."""
@@ -258,6 +262,10 @@ class PseudoLabelConfig:
     def __post_init__(self):
         _require(
             min(self.votes_per_head, self.keywords) >= 1, "objectives.psl: votes_per_head and keywords must be >= 1"
+        )
+        _require(
+            self.keywords <= MOST_KEYWORDS,
+            f"objectives.psl.keywords={self.keywords} is more than the {MOST_KEYWORDS} that the loss takes",
         )
 
 
@@ -546,13 +554,20 @@ class Config:
 
     def __post_init__(self):
         _require(
-            not (
-                self.objectives.itm.weight > 0
-                and self.train.batch_size < 2
-                and self.objectives.itm.negatives == "local"
-            ),
+            not (self.runs_itm and self.train.batch_size < 2 and self.objectives.itm.negatives == "local"),
             f"train.batch_size={self.train.batch_size} leaves ITM (objectives.itm.weight={self.objectives.itm.weight}) "
             "without a wrong picture to choose; set train.batch_size >= 2 or objectives.itm.weight 0",
+        )
+        _require(
+            not (self.official and self.objectives.itm.negatives == "global"),
+            "objectives.itm.negatives=global: the published arithmetic (objectives.fidelity=official) draws among a "
+            "rank's own pairs; set itm.negatives=local or fidelity=corrected",
+        )
+        psl, tokens = self.objectives.psl, self.data.max_tokens
+        _require(
+            not (psl.weight > 0 and psl.whole_words and tokens > MOST_KEYWORDS),
+            f"objectives.psl.whole_words labels up to data.max_tokens={tokens} tokens of a caption, the loss takes "
+            f"{MOST_KEYWORDS}; set data.max_tokens <= {MOST_KEYWORDS} or whole_words false",
         )
         _require(
             not (self.official and self.data.sources),
@@ -564,6 +579,11 @@ class Config:
     def official(self) -> bool:
         """Whether the published arithmetic is asked for."""
         return self.objectives.fidelity == "official"
+
+    @property
+    def runs_itm(self) -> bool:
+        """Whether pairs are matched, which takes a wrong picture for each."""
+        return self.objectives.itm.weight > 0
 
     @property
     def reads_visual_tokens(self) -> bool:

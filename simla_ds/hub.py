@@ -231,6 +231,8 @@ def new_model_folder(folder: Path) -> Iterator[Path]:
             folder.rename(stale)
         fresh.rename(folder)
     finally:
+        if stale.exists() and not folder.exists():  # stopped between the two
+            stale.rename(folder)
         for leftover in (fresh, stale):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -244,7 +246,7 @@ def load_model_folder(folder: Path, kind: type[N] = Simla, device: str = "cpu") 
         device: where the network goes; `auto`: a CUDA card where there is one.
 
     Returns:
-        The network, with the stored dtype's weights, and the configuration that config.json holds.
+        The network in float32, whatever dtype is stored, and the configuration that config.json holds.
 
     Raises:
         ValueError: as read_model_folder, or no such device.

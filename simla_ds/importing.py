@@ -24,7 +24,7 @@ from simla_ds.model.image_codebook import image_codebook, is_image_codebook
 from simla_ds.model.loading import LoadReport, load_state
 from simla_ds.model.network import Network
 from simla_ds.model.official_names import BUFFERS, translate
-from simla_ds.model.pretrained import load_checkpoint
+from simla_ds.model.pretrained import load_checkpoint, trained_positions
 from simla_ds.model.simla import Simla
 from simla_ds.model.weight_files import read_weights
 
@@ -33,8 +33,6 @@ MAX_TOKENS, MAX_TOKENS_OF_TASKS = 25, 50
 """Tokens kept of a caption; of a question or sentence, which the published evaluation does not cut."""
 HEAD_SIZE = 64
 """Of ViT-B and BERT-base."""
-PRETRAINED_PATCHES = 256
-"""At the published 256 px. What was fine-tuned at 384 px has more patches than its stream has positions."""
 
 
 def import_checkpoint(
@@ -142,7 +140,7 @@ def describe(state: Mapping[str, Tensor], source: Path, heads: int | None = None
             heads=heads,
             intermediate_size=len(intermediate),
             max_positions=len(positions),
-            image_positions=patches if patches < len(positions) else PRETRAINED_PATCHES,
+            image_positions=trained_positions(patches, len(positions)),
             token_types="stream.embeddings.token_type.weight" in state,
         ),
         vocabulary=replace(ModelConfig().vocabulary, size=len(words), visual_size=1 if visual is None else len(visual)),

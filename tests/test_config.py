@@ -57,6 +57,17 @@ ALL_OFF: dict[str, Any] = {
         (lambda: CrossModalConfig(mask_ratio=1.0), ["objectives.xmm.mask_ratio", "(0, 1)", "got 1.0"]),
         (lambda: EvalConfig(every=2.5), ["eval.every", "below 1", "got 2.5"]),
         (lambda: CrossModalConfig(every=0), ["objectives.xmm.every", ">= 1", "got 0"]),
+        (lambda: PseudoLabelConfig(keywords=65), ["objectives.psl.keywords=65", "64"]),
+        (
+            lambda: Config(
+                objectives=ObjectivesConfig(psl=PseudoLabelConfig(whole_words=True)), data=DataConfig(max_tokens=65)
+            ),
+            ["objectives.psl.whole_words", "data.max_tokens=65", "<= 64"],
+        ),
+        (
+            lambda: Config(objectives=ObjectivesConfig(fidelity="official", itm=MatchingConfig(negatives="global"))),
+            ["objectives.itm.negatives=global", "fidelity=official"],
+        ),
         (lambda: PseudoLabelConfig(keywords=0), ["objectives.psl", "keywords", ">= 1"]),
         (lambda: ObjectivesConfig(alpha=1.1), ["objectives.alpha", "[0, 1]", "1.1"]),
         (lambda: ObjectivesConfig(**ALL_OFF), ["every weight is 0"]),

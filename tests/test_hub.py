@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +155,21 @@ def test_saving_again_replaces_the_folder_and_leaves_nothing_beside_it(folder, c
 def test_a_save_that_fails_leaves_what_was_there(folder, student, config, bert_vocabulary):
     with pytest.raises(ValueError, match=rf"vocabulary\.size=30522, the model {config.vocabulary.size}"):
         save_model_folder(network(config), folder, bert_vocabulary)
+    assert_equal_states(load_model_folder(folder)[0], student)
+    assert [file.name for file in folder.parent.iterdir()] == ["final"]
+
+
+def test_a_save_stopped_between_the_two_renames_puts_the_old_folder_back(folder, student, config, monkeypatch):
+    rename = Path.rename
+
+    def stopped(self, target):
+        if ".new-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_model_folder(network(config), folder)
     assert_equal_states(load_model_folder(folder)[0], student)
     assert [file.name for file in folder.parent.iterdir()] == ["final"]
 

@@ -34,6 +34,8 @@ from simla_ds.data.sample import Reason, SkipSample, stable_hash
 from simla_ds.data.shards import ShardFiles, find_shards
 from simla_ds.types import Batch
 
+MOST_OPEN = 1024
+"""Shard files that a process keeps open at most."""
 _CHUNK = 16
 """Most samples that a worker reads between two deliveries."""
 
@@ -138,6 +140,8 @@ class StreamLoader(ABC):
         self.config, self.rank, self.world_size = config, rank, world_size
         self.dataset, self.epoch_size = dataset, epoch_size
         self.sources: dict[str, Any] = {}
+        self.fingerprint = ""
+        """What there is, as a person reads it, with a digest: equal where ranks read the same data."""
         """Samples and weight of each of several sources that are mixed, as JSON."""
         self._check_size()
         self.skipped: Counter[str] = Counter()
@@ -293,6 +297,8 @@ class PairLoader(StreamLoader):
         for name, shards in counts:
             self.sources[name] = {"samples": sum(sizes[:shards]), "weight": data.sources[name].weight}
             sizes = sizes[shards:]
+        names = "\n".join(f"{Path(shard.path).name} {len(shard)}" for shard in files.shards)
+        self.fingerprint = f"{len(files.shards)} shards, {sum(map(len, files.shards))} samples, {stable_hash(names):x}"
         self.vocabulary = tokenizer.vocabulary
         self.retried = files.retried
         # A shard's damage is one skip of the whole run, hence of one rank
@@ -362,7 +368,9 @@ def _open(config: Config, paths: list[str]) -> ShardFiles:
     """Shards, wherever they are."""
     data = config.data
     cache = ShardCache(Path(data.cache_dir).expanduser(), int(data.cache_gb * 1e9), data.fetch_tries)
-    return ShardFiles(open_shards(paths, cache), cache=cache)
+    # the shards that are shuffled together are read by turns, and those of the next window already
+    keep_open = min(2 * data.shuffle_window * max(1, len(data.sources)), MOST_OPEN)
+    return ShardFiles(open_shards(paths, cache), keep_open, cache)
 
 
 def _chunked(stream: Stream, element: int, step: int, size: int) -> Iterator[list[int]]:

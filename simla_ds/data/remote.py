@@ -254,6 +254,8 @@ def _stamp(url: str) -> dict[str, Any]:
 def _download(url: str, path: Path) -> None:
     """Fetch into a file that is there when it is whole. Raises whatever goes wrong."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed: the lock on this shard is ours
+        left.unlink(missing_ok=True)
     try:
         if url.startswith("pipe:"):
             with open(temporary, "wb") as file:

@@ -107,6 +107,11 @@ class FinetuneConfig(Config):
                 raise ValueError(f"{key}={value} is for pretraining only; {instead}")
 
     @property
+    def runs_itm(self) -> bool:
+        """Whether pairs are matched: by the tasks that are trained as pretraining is."""
+        return super().runs_itm and self.task in ("retrieval", "grounding")
+
+    @property
     def reads_visual_tokens(self) -> bool:
         """Whether the run needs a visual tokeniser: never."""
         return False

@@ -5,6 +5,7 @@ The order, the workers and the resumable position are those of pretraining (data
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,15 @@ from torch.utils.data import Dataset
 
 from simla_ds.data.loader import StreamLoader
 from simla_ds.data.order import EpochOrder, sample_generator
-from simla_ds.data.sample import Reason, SkipSample, open_picture, picture_bytes
+from simla_ds.data.sample import Reason, SkipSample, open_picture, picture_bytes, stable_hash
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.transforms import make_transform, normalise
 from simla_ds.downstream.annotations import Annotations
 from simla_ds.downstream.base import Downstream
 from simla_ds.downstream.config import FinetuneConfig
+
+SAMPLED = 1000
+"""Entries, evenly spread, that a fingerprint is made of."""
 
 
 @dataclass
@@ -35,6 +39,8 @@ class Example:
     images: Tensor
     """(pictures, 3, S, S) uint8."""
     input_ids: list[int]
+    draws: np.ndarray
+    """(3,) from 0 to 1, for whatever a task draws: another epoch's are others."""
     fields: dict[str, Any]
     """What the task's loss or evaluation needs."""
 
@@ -70,12 +76,12 @@ class ExampleMaker:
                 raise SkipSample("picture unreadable") from None
             views.append(torch.from_numpy(self.transform(picture, said, rng)[0]))
         ids, _ = self.tokenizer.encode("" if self.inputs == "image" else text)
-        return Example(number, torch.stack(views), ids, self.downstream.fields(entry))
+        return Example(number, torch.stack(views), ids, rng.random(3), self.downstream.fields(entry))
 
     def collate(self, examples: Sequence[Example], pad_to: int = 0) -> dict[str, Tensor]:
-        """Stack examples: `image` has all first pictures, then all second ones; `number` (B,) their entries.
+        """Stack examples: `image` has all first pictures, then all second ones; `number` (B,) are their entries.
 
-        Texts are padded to the longest, at least to pad_to.
+        `draws` is (B, 3). Texts are padded to the longest, at least to pad_to.
         """
         pad = self.tokenizer.vocabulary.pad
         ids = pad_sequence([torch.tensor(e.input_ids) for e in examples], batch_first=True, padding_value=pad)
@@ -88,6 +94,7 @@ class ExampleMaker:
             "text_mask": mask,
             "token_index": mask.view(-1).nonzero()[:, 0],
             "number": torch.tensor([e.number for e in examples]),
+            "draws": torch.from_numpy(np.stack([e.draws for e in examples])).float(),
             **self.downstream.collate([e.fields for e in examples]),
         }
 
@@ -122,16 +129,15 @@ class ExampleLoader(StreamLoader):
         self.maker = maker
         dataset = ExampleDataset(annotations, maker, order, config.train.seed)
         super().__init__(config, dataset, len(order), rank, world_size)
+        every = max(1, len(order) // SAMPLED)
+        sampled = "\n".join(json.dumps(entry, sort_keys=True) for entry in annotations.entries[::every])
+        self.fingerprint = f"{len(order)} examples, {stable_hash(sampled):x}"
 
     def collate(self, items: list[Example]) -> dict[str, Tensor]:
-        """Make a batch, with the random numbers that ITM draws its negatives by.
-
-        Texts that are exchanged between ranks must be of one length.
-        """
+        """Make a batch. Texts that are exchanged between ranks must be of one length."""
         shared = self.world_size > 1 and self.config.objectives.itm.negatives == "global"
         batch = self.maker.collate(items, pad_to=self.config.data.max_tokens if shared else 0)
-        draws = [sample_generator(self.config.train.seed + 1, example.number).random(2) for example in items]
-        return {**batch, "itm_draws": torch.tensor(np.stack(draws), dtype=torch.float32)}
+        return {**batch, "itm_draws": batch["draws"][:, :2]}
 
 
 def held_out_batches(

@@ -52,7 +52,7 @@ def heat_maps(model: Simla, batch: TaskBatch, layer: int | None = None) -> tuple
         attention, value = _weights(block.cross_attention, rows.pad(x), image)
     with torch.enable_grad():
         attention.requires_grad_()
-        read = (attention @ value).transpose(1, 2).flatten(2).flatten(0, 1)
+        read = (attention.to(value.dtype) @ value).transpose(1, 2).flatten(2).flatten(0, 1)
         x = block.feed_forward(block.cross_attention.norm(block.cross_attention.output(read), x))
         for later in model.stream.layers[number + 1 :]:
             x = later(x, rows, context.tokens, context.rows, None)
@@ -65,12 +65,13 @@ def heat_maps(model: Simla, batch: TaskBatch, layer: int | None = None) -> tuple
 
 
 def _weights(attention: Attention, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a cross-attention's probabilities (B, H, L, N) and values (B, H, N, d), spelled out."""
+    """Return a cross-attention's probabilities (B, H, L, N), float32 or wider, and values (B, H, N, d), spelled out."""
     query, key, value = (
         layer(t).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         for layer, t in ((attention.query, x), (attention.key, source), (attention.value, source))
     )
-    return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1), value
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1), value
 
 
 def upsample(cam: Tensor, width: int, height: int) -> Tensor:

@@ -23,7 +23,7 @@ from simla_ds.data.processor import SimlaProcessor
 from simla_ds.data.samples import Samples
 from simla_ds.downstream.gallery import Gallery, encode, match_scores
 from simla_ds.model.simla import Simla
-from simla_ds.objectives.collectives import gather_by_rank, rank, world_size
+from simla_ds.objectives.collectives import gather_by_rank, of_first_rank, rank, world_size
 
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -195,14 +195,16 @@ def match_candidates(
     A pair that both directions ask for is scored once. Pairs are taken picture by picture, whose keys and values are
     then projected once for all its captions of a batch. Ranks score a share each; every rank must call.
     """
-    texts = len(gallery.text_feature)
+    texts, device = len(gallery.text_feature), next(model.parameters()).device
+    # on another card a last bit can order two candidates otherwise, and ranks would not share out the same pairs
+    captions, pictures = of_first_rank(captions, device), of_first_rank(pictures, device)
     by_image = torch.arange(len(captions))[:, None] * texts + gallery.text_of_caption[captions]
     by_text = pictures * texts + gallery.text_of_caption[:, None]
     pairs, where = torch.cat([by_image.flatten(), by_text.flatten()]).unique(return_inverse=True)
     count = -(-len(pairs) // world_size())
     own = pairs[(rank() * count + torch.arange(count)).clamp(max=len(pairs) - 1)]  # as many on every rank
     scores = match_scores(model, gallery, own // texts, own % texts, batch_size=batch_size, progress=progress)
-    scores = gather_by_rank(scores.to(next(model.parameters()).device)).cpu()
+    scores = gather_by_rank(scores.to(device)).cpu()
     wanted = scores[where].split([by_image.numel(), by_text.numel()])
     return wanted[0].view_as(by_image), wanted[1].view_as(by_text)
 

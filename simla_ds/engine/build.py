@@ -19,7 +19,7 @@ from simla_ds.data.loader import PairLoader, StreamLoader
 from simla_ds.data.shards import REMOTE, find_shards
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.visual_tokens import load_visual_tokenizer
-from simla_ds.engine.distributed import Ranks, broadcast_object
+from simla_ds.engine.distributed import Ranks, broadcast_object, require_alike
 from simla_ds.engine.watch import Watch
 from simla_ds.engine.zero_teacher import Engine, EngineSource
 from simla_ds.model.pretrained import initialise
@@ -76,6 +76,8 @@ def build(config: Config, ranks: Ranks, dtype: torch.dtype, building: AbstractCo
     view_size = visual_tokenizer.view_size if visual_tokenizer else 0
     loader = PairLoader(config, tokenizer, view_size, ranks.rank, ranks.world_size)
     check_sizes(config, loader.epoch_size)
+    if ranks.world_size > 1:
+        require_alike(config.data.named, "shards", loader.fingerprint)
     torch.manual_seed(config.train.seed)  # the same start weights on every rank
     with building:
         model = Simla(config.model)
@@ -150,12 +152,14 @@ def check_disk(config: Config, parameters: int) -> None:
     folder = Path(config.output)
     while not folder.exists():
         folder = folder.parent
-    needed = parameters * CHECKPOINT_BYTES_PER_PARAMETER * (config.train.keep_checkpoints + 1)
+    present = len(list(Path(config.output).glob("checkpoints/step_*")))  # of a run that is resumed
+    needed = parameters * CHECKPOINT_BYTES_PER_PARAMETER * max(1, config.train.keep_checkpoints + 1 - present)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
             f"{folder} has {free / 2**30:.1f} GiB free, {config.train.keep_checkpoints} checkpoints and one being "
-            f"written need about {needed / 2**30:.1f} GiB; set another --output or --train.keep_checkpoints 1"
+            f"written need about {needed / 2**30:.1f} GiB beside the {present} that are there; set another --output or "
+            "--train.keep_checkpoints 1"
         )
 
 

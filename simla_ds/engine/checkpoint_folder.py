@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,15 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and leftovers of interrupted ones (main rank only)."""
-    for path in newest_first(folder)[keep:]:
-        shutil.rmtree(path)
-    for path in folder.glob(".step_*.partial"):
-        shutil.rmtree(path)
+    """Delete all but the newest `keep` checkpoints and leftovers of interrupted ones (main rank only).
+
+    What cannot be deleted now, such as a file that somebody reads over NFS, is said and left to the next time.
+    """
+    for path in [*newest_first(folder)[keep:], *folder.glob(".step_*.partial")]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            print(f"{path} is left there for now: {error}", file=sys.stderr, flush=True)
 
 
 def describe_file(path: Path) -> dict[str, Any]:

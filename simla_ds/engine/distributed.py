@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import socket
 import sys
 import tempfile
@@ -24,6 +25,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 
 T = TypeVar("T")
+ELSEWHERE = "192.0.2.1"
+"""An address that is nobody's (RFC 5737), to find the interface that leads out."""
+MOST_FILES = 65_536
+"""Open files that a process may ask for, where the system allows it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ def start(patience: float = 0) -> Ranks:
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.14 renames: nothing a user can act on
     warnings.filterwarnings("ignore", r".*torch\.distributed.* is deprecated", FutureWarning)
     _settle_gloo_interface()
+    _allow_many_sockets()
     accelerator: Any = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
@@ -118,15 +124,38 @@ def _settle_gloo_interface() -> None:
     """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing, but finds the way
-        except OSError:
-            return  # no way by IPv4: gloo's own choice stands
-        own = probe.getsockname()[0]
+    head = os.environ["MASTER_ADDR"]
+    own = _own_address(head)
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)  # torchrun's, DeepSpeed's
+    if own.startswith("127.") and here < ranks and head != "localhost" and not head.startswith("127."):
+        own = _own_address(ELSEWHERE)  # this is the head node, which by many /etc/hosts is loopback to itself
+        if not own:
+            raise ValueError(
+                f"{head} is loopback on {socket.gethostname()}, where the other nodes' ranks cannot reach gloo; set "
+                "GLOO_SOCKET_IFNAME to the network interface between the nodes"
+            )
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == own for address in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _own_address(other: str) -> str:
+    """Return this host's IPv4 address on the way to another; empty where there is no way, and gloo's choice stands."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((other, 9))  # sends nothing, but finds the way
+        except OSError:
+            return ""
+        return probe.getsockname()[0]
+
+
+def _allow_many_sockets() -> None:
+    """Raise this process's limit of open files: gloo connects every rank with every other, shards stay open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _unlink_shared_buffers() -> None:
@@ -170,6 +199,23 @@ def gather_objects(value: Any) -> list[Any]:
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def require_alike(what: str, kind: str, found: str) -> None:
+    """Raise ValueError, on every rank, unless all ranks found the same.
+
+    Args:
+        what: the setting that says where to look.
+        kind: what was looked for there.
+        found: what this rank found, as a person reads it.
+    """
+    said = gather_objects((found, socket.gethostname()))
+    for number, (other, host) in enumerate(said):
+        if other != said[0][0]:
+            raise ValueError(
+                f"{what}: rank {number} on {host} has other {kind} ({other}) than rank 0 on {said[0][1]} "
+                f"({said[0][0]}); make the copies alike"
+            )
 
 
 def all_or_none(action: Callable[[], T]) -> list[T]:

@@ -77,6 +77,9 @@ class Feed:
         self.waited += time.monotonic() - started
         if self.counted:
             counts = [torch.cat([batch[name] for name in self.counted]) for batch, _ in self._fetched]
-            means = mean_over_ranks(torch.stack(counts).mean(0).to(self.device)).split(1)
+            mean = torch.stack(counts).mean(0)
+            if self.device.type == "cuda":  # from pageable memory the copy would wait for the whole stream
+                mean = mean.pin_memory()
+            means = mean_over_ranks(mean.to(self.device, non_blocking=True)).split(1)
             for batch, _ in self._fetched:
                 batch.update(zip(self.counted, means, strict=True))

@@ -21,7 +21,7 @@ from simla_ds.downstream.tasks import ANSWERS, load_annotations, make_task, read
 from simla_ds.downstream.text_assignment import AssignmentNetwork
 from simla_ds.downstream.vqa import answer_list, given_answers
 from simla_ds.engine.build import Parts, check_disk, check_sizes, same_model, with_data_paths
-from simla_ds.engine.distributed import Ranks, broadcast_object, gather_objects
+from simla_ds.engine.distributed import Ranks, broadcast_object, gather_objects, require_alike
 from simla_ds.engine.watch import plain_student
 from simla_ds.engine.zero_teacher import Engine, EngineSource
 from simla_ds.evaluation import evaluating
@@ -60,6 +60,8 @@ def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype, building:
         config, train, ExampleMaker(config, downstream, tokenizer, train=True), ranks.rank, ranks.world_size
     )
     check_sizes(config, loader.epoch_size)
+    if ranks.world_size > 1:
+        require_alike("data.train", "annotations", loader.fingerprint)
     with building:
         model = _network(downstream, config, pretrained)
         check_disk(config, sum(p.numel() for p in model.parameters()))

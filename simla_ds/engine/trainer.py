@@ -24,7 +24,7 @@ from simla_ds.engine.build import Builder, build, describe_environment, library_
 from simla_ds.engine.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from simla_ds.engine.checkpoint_folder import prune_checkpoints, read_state
 from simla_ds.engine.deepspeed_config import resolve_deepspeed_config, resolve_precision
-from simla_ds.engine.distributed import Ranks, gather_objects, mean_over_ranks
+from simla_ds.engine.distributed import Ranks, broadcast_object, gather_objects, mean_over_ranks
 from simla_ds.engine.faults import FiniteGuard, StopRequest
 from simla_ds.engine.feed import Feed
 from simla_ds.engine.metrics import Alarms, Metrics, peak_memory_mb
@@ -61,7 +61,7 @@ class Trainer:
         self.micro_steps = config.train.grad_accumulation
         self.global_batch = config.train.batch_size * self.micro_steps * ranks.world_size
         self.total_steps = config.total_steps(self.global_batch)
-        settings.update(_monitors(self.config))
+        add_monitors(settings, self.config)
         groups: Any = parameter_groups(self.task.model, config.optim.weight_decay, official=config.official)
         self.engine, *_ = deepspeed.initialize(model=self.task, model_parameters=groups, config=settings)
         forget_initial_step(self.engine)
@@ -217,7 +217,8 @@ class Trainer:
         if not (self.config.data.val and self.config.eval.every):
             return
         started = time.monotonic()
-        record = self._write(self.watch.evaluate())
+        # rank 0's word counts: what is best, and whether the run ends, must not hang on a last bit of other cards
+        record = self._write(broadcast_object(self.watch.evaluate()))
         self.metrics.say(self.watch.summary(record))
         if self.best.improves(record):
             self._write_model("best")
@@ -355,12 +356,13 @@ class _Window:
         return max(1e-9, time.monotonic() - self._started)
 
 
-def _monitors(config: Config) -> dict[str, Any]:
-    """TensorBoard and CSV always, Weights & Biases when asked for, through DeepSpeed's monitor."""
+def add_monitors(settings: dict[str, Any], config: Config) -> None:
+    """Add TensorBoard and CSV, and Weights & Biases when asked for, to DeepSpeed's settings; what these say stands."""
     sections: dict[str, Any] = {
         "tensorboard": {"enabled": True, "output_path": config.output, "job_name": "tensorboard"},
         "csv_monitor": {"enabled": True, "output_path": config.output, "job_name": "csv"},
     }
     if config.train.wandb_project:
         sections["wandb"] = {"enabled": True, "project": config.train.wandb_project}
-    return sections
+    for name, options in sections.items():
+        settings[name] = {**options, **settings.get(name, {})}

@@ -22,6 +22,9 @@ from simla_ds.model.simla import Simla
 from simla_ds.model.weight_files import read_weights
 
 _TOKEN_TYPES = "stream.embeddings.token_type.weight"
+VISION_POSITIONS, STREAM_POSITIONS = "image_encoder.pos_embed", "stream.embeddings.position.weight"
+PRETRAINED_PATCHES = 256
+"""At the published 256 px."""
 
 
 def initialise(model: Simla, config: InitConfig) -> list[LoadReport]:
@@ -93,6 +96,7 @@ def load_checkpoint(model: Simla, path: Path, teacher: Simla | None = None) -> L
     if teacher is None:
         ignored += [f"teacher.{name}" for name in momentum]
     _require_same_stream(model, path, student)
+    _require_trained_positions(model, path, student)
     report = load_state(model, path, student, scope=("",), optional="mask_token$", ignored=ignored)
     if teacher is None:
         return report
@@ -106,6 +110,29 @@ def load_checkpoint(model: Simla, path: Path, teacher: Simla | None = None) -> L
         unexpected=(*report.unexpected, *(f"teacher.{name}" for name in copies.unexpected)),
         interpolated=(*report.interpolated, *(f"teacher.{note}" for note in copies.interpolated)),
     )
+
+
+def trained_positions(patches: int, positions: int) -> int:
+    """Return how many patches the stream's positions were trained for, by the rows of the two position tables.
+
+    Fine-tuning at a higher resolution has more patches than the stream's table has rows: that is still pretraining's.
+    """
+    return patches if patches < positions else PRETRAINED_PATCHES
+
+
+def _require_trained_positions(model: Simla, path: Path, state: Mapping[str, Tensor]) -> None:
+    """Refuse a model that would read the stream's positions of patches in another grid than they were trained in."""
+    if not {VISION_POSITIONS, STREAM_POSITIONS} <= state.keys():
+        return  # load_state says what is missing
+    stated = 0
+    if path.is_dir() and (path / "config.json").is_file():
+        stated = _read_json(path / "config.json").get("model", {}).get("stream", {}).get("image_positions", 0)
+    found = stated or trained_positions(state[VISION_POSITIONS].shape[1] - 1, len(state[STREAM_POSITIONS]))
+    if found != model.config.image_positions:
+        raise ValueError(
+            f"{path}: the stream's positions were trained with {found} patches, the model would read them as "
+            f"{model.config.image_positions}; set model.stream.image_positions={found}, from which they are resampled"
+        )
 
 
 def _require_same_stream(model: Simla, path: Path, state: Mapping[str, Tensor]) -> None:

@@ -35,6 +35,15 @@ def gather_by_rank(rows: Tensor) -> Tensor:
     return rows.detach() if world_size() == 1 else torch.cat(_all_gather(rows.detach()))
 
 
+def of_first_rank(t: Tensor, device: torch.device) -> Tensor:
+    """Return rank 0's tensor, which is as large on every rank, on the device of t; device: where ranks exchange."""
+    if world_size() == 1:
+        return t
+    sent = t.to(device, copy=True).contiguous()
+    dist.broadcast(sent, 0)
+    return sent.to(t.device)
+
+
 def in_global_order(rows: Tensor) -> Tensor:
     """Put what gather_by_rank returns into the order of gather_rows."""
     return rows if world_size() == 1 else _interleave(list(rows.chunk(world_size())))

@@ -24,6 +24,15 @@ SMOOTHING = 1e-4
 """Added to every candidate's weight, so that confident similarities cannot leave a row without candidates."""
 
 
+def draw_columns(weights: Tensor, allowed: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a column per row by inverse CDF: (B, G) weights, (B, G) bool, (B,) numbers from 0 to 1; (B,) int64."""
+    cumulative = (weights * allowed).cumsum(-1)
+    threshold = uniform[:, None].to(cumulative.dtype) * cumulative[:, -1:]
+    # a threshold rounded up to the total must not land behind the last allowed column
+    last = (allowed * torch.arange(1, allowed.shape[1] + 1, device=allowed.device)).argmax(-1)
+    return torch.minimum(torch.searchsorted(cumulative, threshold, right=True)[:, 0], last)
+
+
 class ImageTextMatching(Objective):
     """Cross-entropy over 3B rows; a pair without any allowed wrong partner loses its wrong rows."""
 
@@ -120,12 +129,7 @@ class ImageTextMatching(Objective):
     def _draw(self, similarity: Tensor, allowed: Tensor, uniform: Tensor) -> Tensor:
         """Draw a column per row by inverse CDF from (B, G) similarities and (B,) uniform numbers."""
         smoothing = 0.0 if self.official else SMOOTHING
-        weights = (similarity.softmax(-1) + smoothing) * allowed
-        cumulative = weights.cumsum(-1)
-        threshold = uniform[:, None].to(cumulative.dtype) * cumulative[:, -1:]
-        # a threshold rounded up to the total must not land behind the last allowed column
-        last = (allowed * torch.arange(1, allowed.shape[1] + 1, device=allowed.device)).argmax(-1)
-        return torch.minimum(torch.searchsorted(cumulative, threshold, right=True)[:, 0], last)
+        return draw_columns(similarity.softmax(-1) + smoothing, allowed, uniform)
 
     def _rows(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (3B, 2), labels (3B,) and which rows count (3B,) float32."""

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -494,6 +496,14 @@ def test_held_out_batches_are_fixed_and_in_file_order(shards_with_bad):
     mine = split[1][0][0]  # a sample's draws don't depend on who reads it
     everyone = torch.cat([batch["itm_draws"] for batch, _ in run[0]])
     assert torch.equal(mine["itm_draws"], everyone[[found.index(said["key"]) for said in split[1][0][1]]])
+
+
+def test_a_fingerprint_tells_other_data_and_not_other_folders(shards, tmp_path):
+    there = loader(shards).fingerprint
+    copy = shutil.copytree(Path(shards), tmp_path / "copy")
+    assert loader(str(copy)).fingerprint == there
+    next(copy.glob("*.tar")).unlink()
+    assert loader(str(copy)).fingerprint != there
 
 
 def test_closing_ends_the_workers_and_iterating_goes_on_after_it(shards_with_bad):

@@ -21,10 +21,15 @@ def features(count, seed=0):
     return F.normalize(torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
+def draws(rows, seed):
+    return torch.rand(rows, 3, generator=torch.Generator().manual_seed(seed))
+
+
 def test_the_own_picture_comes_first_second_or_not_at_all_each_as_often():
     labels = Counter()
-    for start in range(0, 1200, 6):
-        first, second, label = assign(features(6), torch.arange(start, start + 6))
+    for seed in range(200):
+        first, second, label, counts = assign(features(6), torch.arange(6), draws(6, seed))
+        assert counts.all()
         for own, (one, other, said) in enumerate(zip(first.tolist(), second.tolist(), label.tolist(), strict=True)):
             assert one != other  # two pictures, always
             assert (one == own, other == own) == (said == 0, said == 1)
@@ -34,21 +39,38 @@ def test_the_own_picture_comes_first_second_or_not_at_all_each_as_often():
 
 
 def test_other_pictures_are_drawn_by_similarity():
-    feature, wanted, drawn = features(5), torch.zeros(5), torch.zeros(5)
+    feature, drawn = features(5), torch.zeros(5)
     wanted = (feature @ feature.T / 0.07).softmax(-1).fill_diagonal_(0)[0]
-    for start in range(0, 6000, 5):
-        first, second, label = assign(feature, torch.arange(start, start + 5))
+    for seed in range(1200):
+        first, second, label, _ = assign(feature, torch.arange(5), draws(5, seed))
         if label[0] < 2:
             drawn[second[0] if label[0] == 0 else first[0]] += 1
     torch.testing.assert_close(drawn / drawn.sum(), wanted / wanted.sum(), atol=0.06, rtol=0)
 
 
-def test_a_batch_is_drawn_alike_each_time_and_a_caption_otherwise_in_another_batch():
-    numbers = torch.arange(8)
-    once, again = (assign(features(8), numbers) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
-    elsewhere = torch.stack([assign(features(8), torch.tensor([0, *range(k, k + 7)]))[2][0] for k in range(1, 40)])
-    assert len(elsewhere.unique()) == 3  # caption 0 is not known by its label
+def test_captions_of_one_picture_are_never_each_others_other_picture():
+    ids = torch.tensor([7, 7, 7, 8, 8, 9])
+    feature = features(3)[[0, 0, 0, 1, 1, 2]]  # twins are as similar as can be
+    for seed in range(100):
+        first, second, label, counts = assign(feature, ids, draws(6, seed))
+        assert counts.all()
+        assert bool((ids[first] != ids[second]).all())
+        assert torch.equal(ids[first] == ids, label == 0)
+        assert torch.equal(ids[second] == ids, label == 1)
+
+
+def test_two_pictures_alone_serve_and_one_alone_counts_for_nothing():
+    first, second, label, counts = assign(features(2), torch.tensor([4, 5]), torch.tensor([[0.5, 0.5, 0.9]] * 2))
+    assert (first.tolist(), second.tolist(), label.tolist()) == ([1, 0], [1, 0], [2, 2])
+    assert counts.all()
+    for count in (1, 3):
+        assert not assign(features(count), torch.full((count,), 4), draws(count, 0))[3].any()
+
+
+def test_a_draw_that_float32_rounds_up_to_one_is_still_a_class():
+    first, second, label, _ = assign(features(3), torch.arange(3), torch.ones(3, 3))
+    assert label.tolist() == [2, 2, 2]
+    assert max(*first.tolist(), *second.tolist()) < 3
 
 
 @pytest.fixture
@@ -59,7 +81,9 @@ def network():
 def batch():
     made = make_batch([7, 4, 6])
     return {k: made[k] for k in ("input_ids", "text_mask", "token_index", "image")} | {
-        "number": torch.tensor([5, 9, 2])
+        "number": torch.tensor([5, 9, 2]),
+        "image_id": torch.tensor([1, 2, 3]),
+        "draws": draws(3, 5),
     }
 
 
@@ -67,7 +91,7 @@ def test_the_loss_is_that_of_each_caption_over_its_two_pictures(network):
     given = batch()
     image = network.image_encoder(given["image"])
     feature = F.normalize(network.image_projection(image[:, 0]), dim=-1)
-    first, second, label = assign(feature.detach(), given["number"])
+    first, second, label, _ = assign(feature.detach(), given["image_id"], given["draws"])
     losses = []
     for row, (one, other) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
         length = int(given["text_mask"][row].sum())
@@ -83,6 +107,19 @@ def test_the_loss_is_that_of_each_caption_over_its_two_pictures(network):
     loss.backward()
     assert network.image_projection.weight.grad is None
     assert float(network.head.weight.grad.abs().sum()) > 0
+
+
+def test_captions_of_a_batch_with_one_picture_teach_and_measure_nothing(network):
+    given = batch() | {"image_id": torch.tensor([1, 1, 1])}
+    loss = TextAssignment().loss(network, network, given, 0.4)
+    assert loss == 0
+    loss.backward()
+    said = TextAssignment().predict(network, given)
+    assert [one["drawn"] for one in said] == [None] * 3
+    counted = [{"label": 0, "drawn": 0}, {"label": 2, "drawn": 1}, *said]
+    assert TextAssignment().measures([], counted) == {"accuracy": 50.0, "captions": 2}
+    with pytest.raises(ValueError, match="3 held-out captions: no batch has two pictures"):
+        TextAssignment().measures([], said)
 
 
 def test_nlvr2_starts_from_it_and_it_from_pretraining(network):
@@ -110,8 +147,3 @@ def test_an_nlvr2_run_takes_its_folder_and_has_a_head_of_its_own(tmp_path):
     assert torch.equal(started.get_parameter(name), network.get_parameter(name))
     with pytest.raises(ValueError, match="holds a model for 'text_assignment', not for 'pretrain'"):
         finetune._with_pretrained(replace(config, task="vqa"))
-
-
-def test_accuracy_is_of_the_drawn_labels():
-    said = [{"label": 0, "drawn": 0}, {"label": 2, "drawn": 1}]
-    assert TextAssignment().measures([], said) == {"accuracy": 50.0, "captions": 2}

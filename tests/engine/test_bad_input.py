@@ -55,6 +55,11 @@ def test_too_little_disk_for_the_checkpoints_is_refused_with_both_sizes(monkeypa
     with pytest.raises(ValueError, match=r"1\.0 GiB free, .*need about 5\.0 GiB"):
         build.check_disk(config, 10**8)
     assert not (tmp_path / "run").exists()
+    for step in (1, 2):  # a run that is resumed has room for one more, and needs no other
+        (tmp_path / "run" / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"need about 1\.7 GiB beside the 2 that are there"):
+        build.check_disk(config, 10**8)
+    build.check_disk(config, 5 * 10**7)
 
 
 def test_a_checkpoint_of_other_sizes_is_refused_with_the_field_and_both_numbers():

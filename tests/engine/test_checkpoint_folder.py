@@ -1,5 +1,6 @@
 """Damage of every kind to every file of a checkpoint is found and named."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,22 @@ def test_a_run_that_went_back_keeps_what_it_saves_and_goes_on_from_there(tmp_pat
     assert [int(path.name[5:]) for path in candidates(tmp_path, "auto")] == [200, 100, 500, 400]
     prune_checkpoints(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000100", "step_00000200"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_now_does_not_end_the_run(folder, monkeypatch, capsys):
+    remove = shutil.rmtree
+
+    def busy(path, *_):
+        if path.name == "step_00000001":
+            raise OSError(39, "Directory not empty", ".nfs0001")
+        remove(path)
+
+    (folder / ".step_00000003.partial").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    prune_checkpoints(folder, 1)
+    assert sorted(path.name for path in folder.glob("*step_*")) == ["step_00000001", "step_00000002"]
+    assert not (folder / ".step_00000003.partial").exists()
+    assert "step_00000001 is left there for now" in capsys.readouterr().err
+    monkeypatch.undo()
+    prune_checkpoints(folder, 1)
+    assert [path.name for path in folder.glob("step_*")] == ["step_00000002"]

@@ -12,6 +12,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from simla_ds.config import Config, OptimConfig, TrainConfig
 from simla_ds.engine.deepspeed_config import KNOWN, resolve_deepspeed_config, resolve_precision
+from simla_ds.engine.trainer import add_monitors
 
 FILES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 CONFIG = Config(train=TrainConfig(batch_size=32, grad_accumulation=2), optim=OptimConfig(learning_rate=3e-4))
@@ -19,6 +20,14 @@ CONFIG = Config(train=TrainConfig(batch_size=32, grad_accumulation=2), optim=Opt
 
 def resolve(settings, config=CONFIG, *, world_size=4, precision="fp32", device_type="cpu"):
     return resolve_deepspeed_config(settings, config, world_size, precision, device_type)
+
+
+def test_monitors_are_added_and_those_of_the_json_stand():
+    settings = {"csv_monitor": {"enabled": False}, "tensorboard": {"job_name": "mine"}}
+    add_monitors(settings, CONFIG)
+    assert settings["csv_monitor"]["enabled"] is False
+    assert settings["tensorboard"] == {"enabled": True, "output_path": CONFIG.output, "job_name": "mine"}
+    assert "wandb" not in settings
 
 
 def test_fp16_at_stage_0_is_refused():

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -54,6 +55,47 @@ def test_gloo_listens_on_the_way_to_the_first_node_unless_told(monkeypatch, envi
     monkeypatch.setattr(os, "environ", dict(environ))
     distributed._settle_gloo_interface()
     assert os.environ.get("GLOO_SOCKET_IFNAME") == wanted
+
+
+NODES = {"MASTER_ADDR": "node0", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "wanted"),
+    [
+        (NODES, "eth9"),  # loopback to itself, and the other nodes are not here
+        ({**NODES, "LOCAL_SIZE": "4"}, "lo"),
+        ({**NODES, "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": ""}, "eth9"),
+        ({**NODES, "MASTER_ADDR": "127.0.0.1"}, "lo"),  # "nodes" of one machine
+    ],
+)
+def test_the_first_node_does_not_listen_on_loopback_when_there_are_others(monkeypatch, environ, wanted):
+    """The host's interfaces are made up: this machine has one node."""
+    ways = {"node0": "127.0.1.1", "127.0.0.1": "127.0.1.1", distributed.ELSEWHERE: "10.0.0.7"}
+    addresses = {"lo": [SimpleNamespace(address="127.0.1.1")], "eth9": [SimpleNamespace(address="10.0.0.7")]}
+    monkeypatch.setattr(os, "environ", dict(environ))
+    monkeypatch.setattr(distributed, "_own_address", ways.__getitem__)
+    monkeypatch.setattr(distributed.psutil, "net_if_addrs", lambda: addresses)
+    distributed._settle_gloo_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == wanted
+
+
+def test_a_first_node_that_knows_itself_as_loopback_only_is_told_what_to_set(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(NODES))
+    monkeypatch.setattr(distributed, "_own_address", lambda other: "127.0.1.1" if other == "node0" else "")
+    with pytest.raises(ValueError, match=r"node0 is loopback on .* set GLOO_SOCKET_IFNAME"):
+        distributed._settle_gloo_interface()
+
+
+def test_ranks_that_find_other_data_are_named_with_both_numbers(monkeypatch):
+    def gathered(mine):
+        return [("4 shards, 400 samples, ab", "node0"), mine]
+
+    monkeypatch.setattr(distributed, "gather_objects", gathered)
+    distributed.require_alike("data.train", "shards", "4 shards, 400 samples, ab")
+    said = r"data\.train: rank 1 on .* has other shards \(3 shards, 300 samples, cd\) than rank 0 on node0 \(4 shards,"
+    with pytest.raises(ValueError, match=said):
+        distributed.require_alike("data.train", "shards", "3 shards, 300 samples, cd")
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,10 @@ def test_a_checkpoint_of_another_resolution_has_its_grid_resampled(tmp_path, rec
     weights, config, _ = recorded
     torch.save({"model": weights}, tmp_path / "a.pth")
     larger = replace(config.model, vision=replace(config.model.vision, image_size=96))
+    said = r"trained with 16 patches, the model would read them as 36; set model\.stream\.image_positions=16"
+    with pytest.raises(ValueError, match=said):
+        load_checkpoint(Simla(larger), tmp_path / "a.pth")
+    larger = replace(larger, stream=replace(larger.stream, image_positions=16))
     model, copy = Simla(larger), Simla(larger)
     report = load_checkpoint(model, tmp_path / "a.pth", copy)
     note = "image_encoder.pos_embed (1, 17, 64) -> (1, 37, 64)"
@@ -215,3 +219,13 @@ def test_a_path_that_names_nothing_or_too_much_is_refused(tmp_path):
         load_vision(network(), tmp_path)
     with pytest.raises(ValueError, match="holds no state dict"):
         load_vision(network(), tmp_path / "a.pth")
+
+
+def test_a_folder_says_itself_how_many_patches_its_positions_were_trained_with(tmp_path, recorded):
+    _, config, _ = recorded
+    larger = replace(config.model, vision=replace(config.model.vision, image_size=96))
+    larger = replace(larger, stream=replace(larger.stream, image_positions=16))
+    save_model_folder(Simla(larger), tmp_path / "folder")
+    load_checkpoint(Simla(larger), tmp_path / "folder")
+    with pytest.raises(ValueError, match=r"trained with 16 patches, the model would read them as 36"):
+        load_checkpoint(Simla(replace(larger, stream=config.model.stream)), tmp_path / "folder")
