@@ -16,7 +16,7 @@ from simla_ds.config import Config
 from simla_ds.model.simla import Simla
 from simla_ds.objectives import OBJECTIVES, FeatureQueue, Objective
 from simla_ds.objectives.base import Networks
-from simla_ds.objectives.itc import contrast_keys, entropy, image_similarities
+from simla_ds.objectives.itc import contrast_keys, entropy, excluded_keys, image_similarities
 from simla_ds.passes import PASSES
 from simla_ds.teacher import Teacher
 from simla_ds.types import Batch, ContrastKeys, Features, Outputs, Request, StepFeatures
@@ -76,7 +76,7 @@ class PretrainTask(nn.Module):
                 "text_feature": features.teacher.text_feature,
                 "image_id": None if self._forgets_ids else batch["image_id"],
             },
-            "monitor": self._monitor(features),
+            "monitor": self._monitor(batch, features),
         }
         if "source" in batch:
             rows = {name: o.row_losses(batch, features, outputs[name], alpha) for name, o in objectives.items()}
@@ -144,12 +144,13 @@ class PretrainTask(nn.Module):
         }
 
     @torch.no_grad()
-    def _monitor(self, features: StepFeatures) -> dict[str, Tensor]:
+    def _monitor(self, batch: Batch, features: StepFeatures) -> dict[str, Tensor]:
         """Return what shows a collapse early: temperature, target entropy, spread of features, teacher's nearness."""
-        student, teacher = features.student, features.teacher
+        student, teacher, keys = features.student, features.teacher, features.keys
+        excluded = excluded_keys(batch, keys, self.config.objectives.itc.positives)
         return {
             "temperature": self.model.temperature().squeeze(),
-            "itc_target_entropy": entropy(image_similarities(teacher, features.keys)).mean(),
+            "itc_target_entropy": entropy(image_similarities(teacher, keys), excluded).mean(),
             "image_feature_spread": _spread(student.image_feature),
             "text_feature_spread": _spread(student.text_feature),
             "teacher_student_cosine": (student.image_feature * teacher.image_feature).sum(-1).mean(),

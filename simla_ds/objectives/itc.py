@@ -69,10 +69,23 @@ def image_similarities(features: Features, keys: ContrastKeys) -> Tensor:
     return torch.cat(parts, dim=1) / keys.temperature
 
 
-def entropy(similarity: Tensor) -> Tensor:
-    """Return the entropy (nats) of each row's softmax, (B, K) -> (B,)."""
-    log_p = similarity.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
+def excluded_keys(batch: Batch, keys: ContrastKeys, positives: Literal["pair", "image"]) -> Tensor:
+    """Return (B, G + Q) bool: keys that the loss leaves out of a pair's softmax, because they are of its own picture.
+
+    The pair's own key stays in. None is left out as published, without ids, and where they are positives too.
+    """
+    rows, count = len(batch["image_id"]), len(keys.image) + len(keys.queue_image)
+    columns = torch.arange(count, device=keys.image.device)
+    own = columns == (torch.arange(rows, device=keys.image.device) + keys.first)[:, None]
+    if positives == "image" or keys.image_id is None or keys.queue_id is None:
+        return torch.zeros_like(own)
+    ids = torch.cat([keys.image_id, keys.queue_id])
+    return ((batch["image_id"][:, None] == ids) | (ids < 0)) & ~own  # < 0: not filled yet
+
+
+def entropy(similarity: Tensor, excluded: Tensor) -> Tensor:
+    """Return the entropy (nats) of each row's softmax over the keys that are not excluded, (B, K) twice -> (B,)."""
+    return torch.special.entr(similarity.masked_fill(excluded, float("-inf")).softmax(-1)).sum(-1)
 
 
 class ImageTextContrast(Objective):
@@ -127,11 +140,10 @@ class ImageTextContrast(Objective):
         keys = features.keys
         if keys.image_id is None or keys.queue_id is None:
             raise ValueError("losses of single pairs need the keys' ids (objectives.fidelity corrected)")
-        ids = torch.cat([keys.image_id, keys.queue_id])
-        pairs = torch.arange(len(batch["image_id"]), device=ids.device)
-        own = torch.arange(len(ids), device=ids.device) == (pairs + keys.first)[:, None]
-        excluded = ((batch["image_id"][:, None] == ids) | (ids < 0)) & ~own  # < 0: not filled yet
-        losses = torch.zeros(len(pairs), device=ids.device)
+        excluded = excluded_keys(batch, keys, self.config.itc.positives)
+        pairs = torch.arange(len(excluded), device=excluded.device)
+        own = torch.arange(excluded.shape[1], device=excluded.device) == (pairs + keys.first)[:, None]
+        losses = torch.zeros(len(pairs), device=excluded.device)
         of_student, of_teacher = similarities(features.student, keys), similarities(features.teacher, keys)
         for mine, theirs in zip(of_student, of_teacher, strict=True):
             soft = theirs.masked_fill(excluded, float("-inf")).softmax(-1)
@@ -140,13 +152,18 @@ class ImageTextContrast(Objective):
         return losses, torch.ones_like(losses), pairs
 
     def measures(self, batch: Batch, features: StepFeatures, outputs: Outputs) -> dict[str, Tensor]:
-        """Entropy of the teacher's distribution (nats), and how often the own pair is the most similar key."""
+        """Entropy of the teacher's distribution (nats), and how often the own pair is the most similar key.
+
+        Both among the keys that the loss compares.
+        """
         similarity, _ = similarities(features.student, features.keys)
         of_teacher, _ = similarities(features.teacher, features.keys)
+        excluded = excluded_keys(batch, features.keys, self.config.itc.positives)
+        similarity = similarity.masked_fill(excluded, float("-inf"))
         rows = torch.arange(similarity.shape[0], device=similarity.device)
         right = (similarity.argmax(-1) == rows + features.keys.first).float()
         count = torch.tensor(float(len(rows)), device=similarity.device)
         return {
-            "itc/target_entropy": torch.stack([entropy(of_teacher).sum(), count]),
+            "itc/target_entropy": torch.stack([entropy(of_teacher, excluded).sum(), count]),
             "itc/accuracy": torch.stack([right.sum(), count]),
         }

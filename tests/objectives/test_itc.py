@@ -12,7 +12,7 @@ from simla_ds.config import ObjectivesConfig, VocabularyConfig
 from simla_ds.objectives import itc
 from simla_ds.objectives.base import Networks
 from simla_ds.objectives.feature_queue import FeatureQueue
-from simla_ds.objectives.itc import ImageTextContrast, contrast_keys, similarities
+from simla_ds.objectives.itc import ImageTextContrast, contrast_keys, excluded_keys, similarities
 from simla_ds.types import Batch, Features, Outputs, StepFeatures
 from tests.tiny import make_batch
 
@@ -117,8 +117,23 @@ def test_alone_reads_no_other_rank(monkeypatch: pytest.MonkeyPatch):
     assert keys.first == 0
 
 
-def test_accuracy_counts_rows_whose_own_pair_is_nearest():
-    objective, batch, step, _ = make_step()
-    rows = similarities(step.student, step.keys)[0]
-    right = sum(row.argmax().item() == i for i, row in enumerate(rows))
-    assert objective.measures(batch, step, Outputs())["itc/accuracy"].tolist() == [right, ROWS]
+@pytest.mark.parametrize("fidelity", ["corrected", "official"])
+def test_measures_are_of_the_keys_that_the_loss_compares(fidelity: Literal["corrected", "official"]):
+    objective, batch, step, _ = make_step(fidelity)
+    mine, theirs = similarities(step.student, step.keys)[0], similarities(step.teacher, step.keys)[0]
+    ids, right, entropies = PICTURES + QUEUED, 0, []
+    for row in range(ROWS):
+        others = [c for c in range(len(ids)) if c != row and (fidelity == "official" or ids[c] != PICTURES[row])]
+        kept = [row, *others]
+        right += int(mine[row, kept].argmax() == 0)
+        p = theirs[row, kept].double().softmax(-1)
+        entropies.append(-(p * p.log()).sum())
+    found = objective.measures(batch, step, Outputs())
+    assert found["itc/accuracy"].tolist() == [right, ROWS]
+    torch.testing.assert_close(found["itc/target_entropy"][0].double(), torch.stack(entropies).sum())
+
+
+def test_keys_of_one_picture_that_are_positives_too_are_not_left_out():
+    _, batch, step, _ = make_step()
+    assert excluded_keys(batch, step.keys, "pair").sum() == 5  # two in the batch, three in the queue
+    assert not excluded_keys(batch, step.keys, "image").any()
