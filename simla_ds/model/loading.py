@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simla_ds.model.network import Network
+from simla_ds.model.positions import resample
 
 _WIDTH = "model.stream.width"
 _CONFIG_KEYS = [
@@ -135,13 +135,10 @@ def _fit(path: Path, name: str, value: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _resample_positions(path: Path, table: Tensor, patches: int) -> Tensor:
-    """Resample (1, 1 + old patches, D) bicubically to (1, 1 + patches, D), as a grid; the row of [CLS] is kept."""
-    old, new = round((table.shape[1] - 1) ** 0.5), round(patches**0.5)
-    if old * old != table.shape[1] - 1:
-        raise ValueError(f"{path}: image_encoder.pos_embed has {table.shape[1]} rows, not [CLS] and a square grid")
-    grid = table[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)
+    try:
+        return resample(table[0].float(), patches)[None]
+    except ValueError as error:
+        raise ValueError(f"{path}: image_encoder.pos_embed has {error}") from None
 
 
 def _config_key(name: str, value: Tensor, wanted: Tensor) -> str:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simla_ds.config import StreamConfig, VocabularyConfig
 from simla_ds.model.gelu_linear import GeluLinear
 from simla_ds.model.layer_norm import ResidualLayerNorm, layer_norm
+from simla_ds.model.positions import resample
 from simla_ds.model.rows import Rows, attend, first_attention
 
 LAYER_NORM_EPS = 1e-12
@@ -53,12 +53,7 @@ class Embeddings(nn.Module):
         # through the module's forward and not its weight: under ZeRO-3 only a forward gathers it
         device = self.position.weight.device
         table = self.position(torch.arange(self.trained_patches + 1, device=device))
-        if length == self.trained_patches + 1:
-            return table
-        old, new = round(self.trained_patches**0.5), round((length - 1) ** 0.5)
-        grid = table[1:].T.reshape(1, -1, old, old)
-        grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False).to(table.dtype)
-        return torch.cat([table[:1], grid.flatten(2)[0].T])
+        return resample(table, length - 1)
 
 
 class Attention(nn.Module):

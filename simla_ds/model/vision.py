@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simla_ds.config import VisionConfig
 from simla_ds.model.gelu_linear import GeluLinear
+from simla_ds.model.positions import resample
 from simla_ds.model.stream import init_linear
 
 
@@ -42,7 +43,7 @@ class ImageEncoder(VisionTransformer):
             num_classes=0,
             mlp_layer=_Mlp,
             global_pool="",
-            dynamic_img_size=True,  # other resolutions resample pos_embed
+            dynamic_img_size=True,  # other resolutions resample pos_embed, see _tokens
         )
         self.blocks.apply(lambda module: init_linear(module, config.width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
@@ -74,7 +75,8 @@ class ImageEncoder(VisionTransformer):
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(B, grid, grid, D) patches to (B, P + 1, D) with [CLS] and positions."""
-        return self.norm_pre(self._pos_embed(x))
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+        return self.norm_pre(self.pos_drop(x + resample(self.pos_embed[0], x.shape[1] - 1)))
 
     def _encode(self, x: Tensor) -> Tensor:
         for block in self.blocks:

@@ -20,16 +20,16 @@ def encoder() -> ImageEncoder:
     return model.double()
 
 
-def bicubic(grid: Tensor, size: int, a: float = -0.5) -> Tensor:
-    """Resample (old, old, D) to (size, size, D): Keys' cubic, widened when shrinking, renormalised at the borders."""
+def bicubic(grid: Tensor, size: int, a: float = -0.75) -> Tensor:
+    """Resample (old, old, D) to (size, size, D): Keys' cubic, the border repeated."""
     old = grid.shape[0]
-    stretch = max(old / size, 1.0)
     weights = np.zeros((size, old))
     for i in range(size):
-        x = np.abs((np.arange(old) + 0.5 - (i + 0.5) * old / size) / stretch)
-        inner, outer = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
-        weights[i] = np.where(x < 1, inner, np.where(x < 2, outer, 0.0))
-        weights[i] /= weights[i].sum()
+        point = (i + 0.5) * old / size - 0.5
+        for k in range(int(np.floor(point)) - 1, int(np.floor(point)) + 3):
+            x = abs(point - k)
+            inner, outer = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+            weights[i, min(max(k, 0), old - 1)] += inner if x < 1 else outer if x < 2 else 0.0
     w = torch.from_numpy(weights)
     return torch.einsum("io,jp,opd->ijd", w, w, grid)
 
@@ -68,7 +68,7 @@ def test_positions_at_another_resolution_are_a_bicubic_resample(encoder: ImageEn
     resampled = bicubic(trained[0, 1:].view(3, 3, -1), grid).flatten(0, 1)
     state["pos_embed"] = torch.cat([trained[:, :1], resampled[None]], dim=1)
     wanted = reference_step.vision(state, "", make_images(8 * grid), SIZES)
-    # timm resamples in float32
+    # resampled in float32
     torch.testing.assert_close(encoder(make_images(8 * grid)), wanted, atol=1e-5, rtol=0)
 
 
