@@ -29,6 +29,8 @@ from simla_ds.model.vision import ImageEncoder
 
 MAX_WORDS = 50
 """Words of a question that are kept, as published for its test."""
+ANSWERS_AT_ONCE = 512
+"""Answers read whole by a pass when ranking: each of their words has the logits of a vocabulary."""
 
 
 def decoder_config(config: StreamConfig) -> StreamConfig:
@@ -210,13 +212,9 @@ class Vqa(SupervisedTask):
         slots = torch.arange(count, device=device)
         first = network.answer(question, start, torch.ones_like(start, dtype=torch.bool), slots, slots).log_softmax(-1)
         first_scores, chosen = first.index_select(1, ids[:, 1]).topk(self.candidates, dim=-1)
-        rows, row_mask = ids[chosen.flatten()], mask[chosen.flatten()]
-        followed = torch.cat([row_mask[:, 1:], torch.zeros_like(row_mask[:, :1])], dim=1)
-        slots = followed.flatten().nonzero()[:, 0]
         of_question = torch.arange(count, device=device).repeat_interleave(self.candidates)
-        log_p = network.answer(question, rows, row_mask, of_question, slots).log_softmax(-1)
-        words = log_p.gather(1, rows.flatten()[slots + 1][:, None])[:, 0]
-        scores = log_p.new_zeros(rows.shape).flatten().index_copy(0, slots, words).view_as(rows).sum(1)
+        parts = zip(*(t.split(ANSWERS_AT_ONCE) for t in (chosen.flatten(), of_question)), strict=True)
+        scores = torch.cat([_summed(network, question, ids[part], mask[part], asked) for part, asked in parts])
         scores = scores.view(count, self.candidates) + (first_scores if self.official else 0.0)
         return chosen, scores.softmax(-1)
 
@@ -272,6 +270,15 @@ class Vqa(SupervisedTask):
         of_answer = torch.div(slots, batch["answer_ids"].shape[1], rounding_mode="floor")
         weights = batch["answer_weight"].index_select(0, of_answer)
         return (losses * weights).sum() / len(batch["input_ids"])
+
+
+def _summed(network: AnswerNetwork, question: Context, ids: Tensor, mask: Tensor, of_question: Tensor) -> Tensor:
+    """Return the sum of each answer's words' log-probabilities (A,), of ids and mask (A, M) and of_question (A,)."""
+    followed = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    slots = followed.flatten().nonzero()[:, 0]
+    log_p = network.answer(question, ids, mask, of_question, slots).log_softmax(-1)
+    words = log_p.gather(1, ids.flatten()[slots + 1][:, None])[:, 0]
+    return log_p.new_zeros(ids.shape).flatten().index_copy(0, slots, words).view_as(ids).sum(1)
 
 
 def submission(entries: Sequence[Entry], predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

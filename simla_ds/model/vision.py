@@ -75,8 +75,11 @@ class ImageEncoder(VisionTransformer):
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(B, grid, grid, D) patches to (B, P + 1, D) with [CLS] and positions."""
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
-        return self.norm_pre(self.pos_drop(x + resample(self.pos_embed[0], x.shape[1] - 1)))
+        cls, positions = self.cls_token, self.pos_embed
+        assert cls is not None
+        assert positions is not None
+        x = torch.cat([cls.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+        return self.norm_pre(self.pos_drop(x + resample(positions[0], x.shape[1] - 1)))
 
     def _encode(self, x: Tensor) -> Tensor:
         for block in self.blocks:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from simla_ds.data.text import TextTokenizer, train_tokenizer
+from simla_ds.downstream import vqa
 from simla_ds.downstream.annotations import Annotations, FolderPictures
 from simla_ds.downstream.grounding import Grounding, hot_box, iou, rank_proposals
 from simla_ds.downstream.nlvr2 import Nlvr2, PairNetwork, sources
@@ -105,8 +106,9 @@ def question_of(network, row):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("official", [False, True])
-def test_ranking_scores_each_answer_by_its_words(tokenizer, official):
+@pytest.mark.parametrize(("official", "at_once"), [(False, 512), (True, 512), (False, 2)])
+def test_ranking_scores_each_answer_by_its_words(tokenizer, official, at_once, monkeypatch):
+    monkeypatch.setattr(vqa, "ANSWERS_AT_ONCE", at_once)  # of 3 questions' answers, in passes of so many
     network = answering(tokenizer)
     task = Vqa(tokenizer, ANSWERS, official=official)
     chosen, probability = task._ranked(network, network.question(batch_of()))
