@@ -42,6 +42,8 @@ class Downstream(ABC):
     """Of student and teacher."""
     metric: ClassVar[str]
     """The measure (higher is better) that picks the best weights."""
+    max_words: ClassVar[int] = 30
+    """Words of a text that are kept, as published."""
     whole = False
     """Whether an evaluation needs all entries at once, so that ranks cannot share it."""
 

@@ -13,9 +13,6 @@ from simla_ds.data.sample import clean_caption
 from simla_ds.downstream.annotations import Annotations, Entry, wrong_text
 from simla_ds.downstream.base import SupervisedTask, TaskBatch, distilled_class_loss
 
-MAX_WORDS = 30
-"""Words of a sentence that are kept, as published."""
-
 
 class Classification(SupervisedTask):
     """Classes from [CLS], distilled from the momentum teacher (ALBEF section 5)."""
@@ -32,7 +29,7 @@ class Classification(SupervisedTask):
 
     def text(self, entry: Entry) -> str:
         """Return the sentence, cleaned as captions are."""
-        return clean_caption(entry["sentence"], MAX_WORDS)
+        return clean_caption(entry["sentence"], self.max_words)
 
     def fields(self, entry: Entry) -> dict[str, Any]:
         """Return the class's number."""

@@ -52,8 +52,8 @@ class FinetuneData(DataConfig):
     """VQA: JSON list of the answers to rank. Empty: all answers of the training file, the commonest first."""
     max_answers: int = 3_200
     """VQA: answers kept when the list is made from the training file."""
-    max_words: int = 50
-    """Words kept of a text."""
+    max_words: int = 0
+    """Words kept of a text; 0: as many as published for the task (VQA 50, else 30), and no other number is known."""
     max_tokens: int = 50
     """Tokens kept of a text, [CLS] and [SEP] included."""
     scenes_dir: str = "data/scenes"

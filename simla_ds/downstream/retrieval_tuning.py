@@ -16,7 +16,6 @@ from simla_ds.config import ObjectivesConfig
 from simla_ds.data.sample import clean_caption, stable_hash
 from simla_ds.downstream.annotations import Annotations, Entry, wrong_text
 from simla_ds.downstream.base import Downstream, TaskBatch
-from simla_ds.downstream.classification import MAX_WORDS
 from simla_ds.downstream.config import FinetuneConfig
 from simla_ds.downstream.retrieval import DIRECTIONS, RECALL_AT, retrieve
 from simla_ds.model.simla import Simla
@@ -69,7 +68,7 @@ class Retrieval(Downstream):
 
     def text(self, entry: Entry) -> str:
         """Return the caption, cleaned."""
-        return clean_caption(entry["caption"], MAX_WORDS)
+        return clean_caption(entry["caption"], self.max_words)
 
     def fields(self, entry: Entry) -> dict[str, Any]:
         """Return a number that captions of one picture share."""

@@ -27,8 +27,6 @@ from simla_ds.model.simla import Simla
 from simla_ds.model.stream import Context, Stream
 from simla_ds.model.vision import ImageEncoder
 
-MAX_WORDS = 50
-"""Words of a question that are kept, as published for its test."""
 ANSWERS_AT_ONCE = 512
 """Answers read whole by a pass when ranking: each of their words has the logits of a vocabulary."""
 
@@ -92,6 +90,7 @@ class Vqa(SupervisedTask):
     name = "vqa"
     network = AnswerNetwork
     metric = "accuracy"
+    max_words = 50  # of a question, as published for its test
 
     def __init__(
         self,
@@ -128,7 +127,7 @@ class Vqa(SupervisedTask):
 
     def text(self, entry: Entry) -> str:
         """Return the question, cleaned."""
-        return clean_question(entry["question"], MAX_WORDS)
+        return clean_question(entry["question"], self.max_words)
 
     def said(self, entry: Entry) -> str:
         """Return the question and its answers: "left" may be one."""

@@ -55,6 +55,12 @@ def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype, building:
     train, held_out = downstream.checked(train, train=True), downstream.checked(held_out, train=False)
     for remark in dict.fromkeys((*downstream.remarks(train), *downstream.remarks(held_out))):
         ranks.say(remark)
+    if data.max_words not in (0, downstream.max_words):
+        raise ValueError(
+            f"data.max_words={data.max_words}: {config.task} keeps {downstream.max_words} words of a text, as "
+            "published; leave it out"
+        )
+    config = replace(config, data=replace(data, max_words=downstream.max_words))  # which the model folder states
     config = replace(config, eval=replace(config.eval, metric=config.eval.metric or f"eval/{downstream.metric}"))
     loader = ExampleLoader(
         config, train, ExampleMaker(config, downstream, tokenizer, train=True), ranks.rank, ranks.world_size

@@ -2,18 +2,22 @@
 
 import json
 import math
+from contextlib import nullcontext
 from typing import get_args
 
 import pytest
 import torch
 
 from launch import evaluate as programme
+from simla_ds.data.processor import SimlaProcessor
 from simla_ds.downstream.config import FinetuneConfig, TaskName
 from simla_ds.downstream.tasks import make_task
 from simla_ds.downstream.vqa import AnswerNetwork
-from simla_ds.engine.finetune import _network
+from simla_ds.engine.distributed import Ranks
+from simla_ds.engine.finetune import _network, build_finetuning
 from simla_ds.hub import load_model_folder
 from simla_ds.model.simla import Simla
+from simla_ds.parsing import parse_config
 from tests.engine.launching import ROOT, fit_all, launch
 from tests.engine.runs import MODEL, records, scenes
 from tests.tiny import model_config
@@ -80,6 +84,13 @@ def test_every_task_trains(data, tmp_path):
         assert len(logged) == 2
         assert all(math.isfinite(loss) and loss > 0 for loss in logged)
         assert (tmp_path / task / "final/model.safetensors").is_file()
+        assert SimlaProcessor.from_pretrained(tmp_path / task / "final").max_words == (50 if task == "vqa" else 30)
+
+
+def test_another_number_of_words_than_a_task_keeps_is_refused(data):
+    config, _ = parse_config(keys("--data.max_words", "40", data=data), FinetuneConfig)
+    with pytest.raises(ValueError, match=r"data\.max_words=40: vqa keeps 50 words of a text"):
+        build_finetuning(config, Ranks(0, 0, 1, torch.device("cpu")), torch.float32, nullcontext())
 
 
 @pytest.mark.slow  # three launches
