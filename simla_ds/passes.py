@@ -112,7 +112,8 @@ PASSES: dict[str, type[Passes]] = {"fast": FastPasses, "plain": PlainPasses}
 def _run_merged(network: Simla, requests: list[Request]) -> list[Tensor]:
     """Run requests of one direction as one pass; attention is read on the way into the last layer."""
     stream, rows = network.stream, [_asking_rows(request) for request in requests]
-    x = stream.body(_embed(network, requests, rows), Rows.join(rows), _context(requests))
+    context = _context(requests)
+    x = stream.body(_embed(network, requests, rows), Rows.join(rows), context)
     parts = x.split([part.total for part in rows])
     results = {
         i: stream.last_attention(parts[i], rows[i])
@@ -124,9 +125,9 @@ def _run_merged(network: Simla, requests: list[Request]) -> list[Tensor]:
         read = [rows[i].slots(_wanted(requests[i])) for i in readers]
         before = accumulate((rows[i].total for i in readers), initial=0)
         hidden = stream.last(
-            x if len(rest) == len(requests) else torch.cat([parts[i] for i in readers]),
+            torch.cat([parts[i] for i in readers]) if results else x,
             Rows.join([rows[i] for i in readers]),
-            _context(rest),
+            _context(rest) if results else context,
             torch.cat([slots + offset for slots, offset in zip(read, before, strict=False)]),
         )
         for i, part in zip(readers, hidden.split([len(slots) for slots in read]), strict=True):
@@ -164,7 +165,8 @@ def _context(requests: list[Request]) -> Context:
         own = request.image_index
         own = torch.arange(own_rows.count, device=source.device) if own is None else own
         index.append(own + sum(part.count for part in rows[:place]))
-    tokens = torch.cat([part.pack(source) for part, source in zip(rows, sources, strict=True)])
+    packed = [part.pack(source) for part, source in zip(rows, sources, strict=True)]
+    tokens = packed[0] if len(packed) == 1 else torch.cat(packed)
     in_order = len(requests) == 1 and requests[0].image_index is None  # then nothing needs to be picked
     return Context(tokens, Rows.join(rows), None if in_order else torch.cat(index))
 

@@ -3,12 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 
 from simla_ds.data.text import TextTokenizer, train_tokenizer
-from simla_ds.downstream import vqa
+from simla_ds.downstream import grounding, vqa
 from simla_ds.downstream.annotations import Annotations, FolderPictures
 from simla_ds.downstream.grounding import Grounding, hot_box, iou, rank_proposals
 from simla_ds.downstream.nlvr2 import Nlvr2, PairNetwork, sources
@@ -238,6 +239,15 @@ def test_padding_and_neighbours_do_not_matter(network, pictures):
 
 
 # --- heat maps
+
+
+@torch.no_grad()
+def test_attention_of_a_half_precision_network_is_normalised_in_float32():
+    attention: Any = Simla(model_config()).bfloat16().stream.get_submodule("layers.1.cross_attention")
+    x, source = (torch.randn(2, length, 32, generator=torch.Generator().manual_seed(length)) for length in (5, 10))
+    weights, value = grounding._weights(attention, x.bfloat16(), source.bfloat16())
+    assert (weights.dtype, value.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 5), atol=1e-6, rtol=0)  # bf16 rounds by 4e-3
 
 
 def test_a_heat_map_is_attention_times_what_the_match_owes_it(monkeypatch):

@@ -17,9 +17,9 @@ from tests.tiny import ALBEF, STREAM, make_batch, model_config, spread_weights
 
 SIZES = {"heads": 4}
 CLOSE: dict[str, Any] = {
-    "atol": 2e-6,
+    "atol": 1e-12,
     "rtol": 0.0,
-}  # attention's softmax is always float32: 3e-7 measured
+}
 
 
 def make_model(stream: StreamConfig = STREAM) -> Simla:
