@@ -121,8 +121,9 @@ def test_losses_are_those_of_the_training_step(parts):
         assert measures[f"loss/{name}"] == pytest.approx(float(loss), rel=1e-6), name
 
 
-@pytest.mark.parametrize("fidelity", ["corrected", "official"])
-@pytest.mark.parametrize("negatives", ["local", "global"])
+@pytest.mark.parametrize(
+    ("fidelity", "negatives"), [("corrected", "local"), ("corrected", "global"), ("official", "local")]
+)
 def test_measures_do_not_depend_on_the_number_of_ranks(parts, fidelity, negatives, monkeypatch):
     config = parts[0]
     objectives = replace(config.objectives, fidelity=fidelity, itm=MatchingConfig(negatives=negatives))
@@ -133,6 +134,7 @@ def test_measures_do_not_depend_on_the_number_of_ranks(parts, fidelity, negative
         monkeypatch.setattr(module, "world_size", lambda: 3)
     monkeypatch.setattr(collectives, "rank", lambda: 2)
     monkeypatch.setattr(collectives, "_all_gather", lambda rows: [rows.clone() for _ in range(3)])
+    monkeypatch.setattr(collectives.dist, "broadcast", lambda tensor, source: None)  # all have what rank 0 has
     among_three = h.measure(student, teacher)
     assert among_three.keys() == alone.keys()
     for name, value in alone.items():
