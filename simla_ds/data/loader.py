@@ -140,9 +140,9 @@ class StreamLoader(ABC):
         self.config, self.rank, self.world_size = config, rank, world_size
         self.dataset, self.epoch_size = dataset, epoch_size
         self.sources: dict[str, Any] = {}
+        """Samples and weight of each of several sources that are mixed, as JSON."""
         self.fingerprint = ""
         """What there is, as a person reads it, with a digest: equal where ranks read the same data."""
-        """Samples and weight of each of several sources that are mixed, as JSON."""
         self._check_size()
         self.skipped: Counter[str] = Counter()
         self.retried = 0

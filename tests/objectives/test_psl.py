@@ -7,10 +7,11 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from simla_ds.config import ObjectivesConfig, PseudoLabelConfig, VocabularyConfig
+from simla_ds.config import MOST_KEYWORDS, ObjectivesConfig, PseudoLabelConfig, VocabularyConfig
 from simla_ds.objectives.base import Networks
 from simla_ds.objectives.psl import PseudoLabelledKeywords, average_precision
 from simla_ds.types import Batch
+from simla_kernels.linear_soft_bce import MOST_KEYWORDS as OF_THE_LOSS
 from tests.tiny import make_batch, make_task, run_config
 
 PAD, CLS, SEP = 0, 2, 3
@@ -105,8 +106,8 @@ def test_a_word_said_twice_counts_once():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum_over_words"])
-def test_loss_equals_two_binary_cross_entropies(alpha: float, reduction: str):
-    task = make_task(run_config(psl=PseudoLabelConfig(reduction=reduction)))  # type: ignore[arg-type]  of two
+def test_loss_equals_two_binary_cross_entropies(alpha: float, reduction: Literal["mean", "sum_over_words"]):
+    task = make_task(run_config(psl=PseudoLabelConfig(reduction=reduction)))
     with torch.no_grad():
         result = task(make_batch([7, 4, 6]), alpha=alpha, keep=True)
         features, objective = result["features"], task.objectives["psl"]
@@ -149,3 +150,7 @@ def test_average_precision_equals_scikit_learns():
     total, count = average_precision(logits, hot).tolist()
     assert count == 5
     assert total == pytest.approx(sum(rows), rel=1e-6)
+
+
+def test_the_configuration_knows_how_many_keywords_the_loss_takes():
+    assert MOST_KEYWORDS == OF_THE_LOSS

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,8 @@ SHAPE = StepShape.expected(CONFIG)
 PARAMETERS = count_parameters(CONFIG.model)
 
 
-def plan(zero: Zero, ranks: int = 8, size: int = 2, **train: object):
-    config = replace(CONFIG, train=replace(CONFIG.train, **train))  # type: ignore[arg-type]
+def plan(zero: Zero, ranks: int = 8, size: int = 2, **train: Any):
+    config = replace(CONFIG, train=replace(CONFIG.train, **train))
     return plan_memory(config, SHAPE, zero, ranks, size, PARAMETERS)
 
 
