@@ -22,7 +22,7 @@ from simla_ds.config import Config, DataConfig
 from simla_ds.data.loader import eval_batches
 from simla_ds.data.scenes.prepare import prepare_scenes
 from simla_ds.downstream.retrieval import DIRECTIONS, RetrievalResult, retrieve
-from simla_ds.hub import SimlaProcessor, load_model_folder, resolve_weights
+from simla_ds.hub import SimlaProcessor, load_model_folder
 from simla_ds.objectives import OBJECTIVES
 from simla_ds.report import (
     Sheet,
@@ -72,12 +72,11 @@ def run_demo(out: Path, seed: int = 0) -> int:
         return 1
     lines = evaluations(read_metrics(run))
     with _timed(seconds, "evaluate"):
-        results = {who: _evaluate(run / "final", who, scenes, out / "retrieved.png") for who in ("student", "teacher")}
+        found = _evaluate(run / "final", scenes, out / "retrieved.png")
     draw_curves(run, out / "curves.png")
-    broken = broken_promises(lines, results["student"])
-    _write_results(out / "results.json", lines, results, seconds, broken)
-    for who, result in results.items():
-        print(f"\n{who} on the test split: {retrieval_table(result)}")
+    broken = broken_promises(lines, found)
+    _write_results(out / "results.json", lines, found, seconds, broken)
+    print(f"\nOn the test split: {retrieval_table(found)}")
     if lines:
         print("\n" + held_out_table(lines))
     print("\n" + ", ".join(f"{phase} {taken:.0f} s" for phase, taken in seconds.items()) + f"; pictures in {out}")
@@ -154,24 +153,22 @@ def held_out_table(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def _evaluate(folder: Path, who: str, scenes: Path, picture: Path) -> RetrievalResult:
-    """Retrieve on the test split with one set of weights; draw examples of the student's."""
-    weights = resolve_weights(folder, "teacher" if who == "teacher" else "student")
-    model, config = load_model_folder(weights)
-    processor = SimlaProcessor.from_pretrained(weights)
+def _evaluate(folder: Path, scenes: Path, picture: Path) -> RetrievalResult:
+    """Retrieve on the test split with the student; draw examples, right and wrong."""
+    model, config = load_model_folder(folder)
+    processor = SimlaProcessor.from_pretrained(folder)
     settings = Config(model=config, data=DataConfig(max_words=processor.max_words))
     loaded = list(eval_batches(settings, str(scenes / "test"), processor.tokenizer, 0))
     result = retrieve(model, [batch for batch, _ in loaded], rerank=RERANK, progress=sys.stderr.isatty())
-    if who == "student":
-        images = [image for batch, _ in loaded for image in batch["image"]]
-        better = max(("itc", "itm"), key=lambda score: sum(_recall(result, score, d) for d in DIRECTIONS))
-        sheet = Sheet(  # a scene has one caption: picture n is caption n's
-            rankings={direction: result.rankings[f"{better}/{direction}"] for direction in DIRECTIONS},
-            picture=lambda number: to_picture(images[number]),
-            captions=[said["caption"] for _, known in loaded for said in known],
-            image_of_caption=range(len(images)),
-        )
-        retrieval_picture(sheet, picture)
+    images = [image for batch, _ in loaded for image in batch["image"]]
+    better = max(("itc", "itm"), key=lambda score: sum(_recall(result, score, d) for d in DIRECTIONS))
+    sheet = Sheet(  # a scene has one caption: picture n is caption n's
+        rankings={direction: result.rankings[f"{better}/{direction}"] for direction in DIRECTIONS},
+        picture=lambda number: to_picture(images[number]),
+        captions=[said["caption"] for _, known in loaded for said in known],
+        image_of_caption=range(len(images)),
+    )
+    retrieval_picture(sheet, picture)
     return result
 
 
@@ -183,7 +180,7 @@ def _recall(result: RetrievalResult, score: str, direction: str) -> float:
 def _write_results(
     path: Path,
     lines: Sequence[dict[str, Any]],
-    results: dict[str, RetrievalResult],
+    found: RetrievalResult,
     seconds: dict[str, float],
     broken: list[str],
 ) -> None:
@@ -191,7 +188,7 @@ def _write_results(
         "promises_hold": not broken,
         "broken_promises": broken,
         "seconds": seconds,
-        "test": {who: result.measures() for who, result in results.items()},
+        "test": found.measures(),
         "held_out_first": lines[0] if lines else None,
         "held_out_last": lines[-1] if lines else None,
     }

@@ -99,11 +99,11 @@ def start(patience: float = 0) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
         accelerator.set_device(local_rank)
+    _leave_out_shared_memory()
     limit = max(default_pg_timeout, timedelta(seconds=patience + 120))
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(), verbose=False, timeout=limit, **where
     )
-    _unlink_shared_buffers()
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), torch.device(accelerator.current_device_name()))
 
 
@@ -158,16 +158,13 @@ def _allow_many_sockets() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def _unlink_shared_buffers() -> None:
-    """Take the names off the memory that DeepSpeed's CPU collectives share, once every rank has mapped it.
+def _leave_out_shared_memory() -> None:
+    """Keep DeepSpeed from compiling collectives in shared memory, which no training calls.
 
-    DeepSpeed 0.19.8 never does (ops/csrc/cpu/comm/shm.cpp): each run would leave 66 MiB a rank in /dev/shm for good.
-    Without a name the memory ends with the last process that maps it, however that ends.
+    DeepSpeed 0.19.8 compiles them for a minute at a CPU's first start, and each run would leave 66 MiB a rank in
+    /dev/shm for good; only its tensor-parallel inference asks for them (comm/torch.py, inference_all_reduce).
     """
-    dist.barrier()  # joining the group maps every rank's buffer
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def finish(status: int = 0) -> None:

@@ -31,7 +31,6 @@ from simla_ds.engine.metrics import Alarms, Metrics, peak_memory_mb
 from simla_ds.engine.optimizer import forget_initial_step, learning_rate, set_learning_rate
 from simla_ds.engine.zero_init import ZeroInit
 from simla_ds.engine.zero_teacher import EngineSource, clamp_temperature_master
-from simla_ds.hub import save_model_folder
 from simla_ds.model.weight_decay import parameter_groups
 from simla_ds.parsing import dump_config
 
@@ -286,6 +285,8 @@ class Trainer:
         """Write NAME/ (student) and NAME/teacher, as model folders; all ranks gather, the main one writes."""
         student, teacher = (self._whole(shards) for shards in (self.source.shards(), self.teacher.master))
         if self.ranks.is_main:
+            from simla_ds.hub import save_model_folder  # transformers' models: seconds, and no other rank needs them
+
             save_model_folder(
                 student,
                 self.output / name,

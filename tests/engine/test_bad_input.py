@@ -1,5 +1,6 @@
 """Bad input gives one clear line and exit status 2, and nothing is written."""
 
+import json
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from simla_ds.engine import build, finetune
 from simla_ds.engine.checkpoint import find_checkpoint
 from simla_ds.engine.distributed import Ranks
 from tests.engine.launching import ROOT
-from tests.engine.runs import keys, scenes
+from tests.engine.runs import MODEL, scenes
 
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
 
@@ -130,33 +131,72 @@ def test_remote_shards_need_a_visual_tokenizer_only_where_it_is_read():
     assert build.with_data_paths(Config(data=data, objectives=without), RANKS).data.visual_tokenizer == ""
 
 
-@pytest.mark.launcher
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data.train", "missing/{000..001}.tar"], r"data.train"),
-        (["--deepspeed", "contradiction.json"], r"16.*4"),
-        (["--model.vision.widht", "32"], r"model.vision.width"),
-        (["--train.batch_size", "1"], r"train.batch_size=1"),
-    ],
-    ids=["no shards match", "a JSON that contradicts the recipe", "a misspelt key", "a batch of one with ITM"],
-)
-def test_the_training_command_answers_in_one_line(tmp_path, arguments, message):
-    train = scenes(tmp_path) if "--deepspeed" in arguments else tmp_path
-    (tmp_path / "contradiction.json").write_text('{"train_micro_batch_size_per_gpu": 16}')
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *keys(train, "--train.batch_size", "4")]
+BAD = {
+    "no shards match": ("pretrain.py", ["--data.train", "missing/{000..001}.tar"], r"data\.train"),
+    "a JSON that contradicts the recipe": ("pretrain.py", ["--deepspeed", "contradiction.json"], r"16.*4"),
+    "a batch of one with ITM": ("pretrain.py", ["--train.batch_size", "1"], r"train\.batch_size=1"),
+    "annotations without a key": (
+        "finetune.py",
+        [
+            "--task",
+            "vqa",
+            "--data.train",
+            "bad.jsonl",
+            "--data.val",
+            "bad.jsonl",
+            "--data.tokenizer",
+            "scenes/tokenizer",
+        ],
+        r"(?s)entry 0: key 'answer' must hold a text or a list of texts.*entry 1: key 'question' is missing",
+    ),
+}
+"""What is wrong: the programme, its further arguments, what it must say."""
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> dict[str, tuple[Path, int, str]]:
+    """What is wrong -> the run's folder, exit status, what went to stderr; in one process."""
+    folder = tmp_path_factory.mktemp("refused")
+    train = scenes(folder)
+    (folder / "contradiction.json").write_text('{"train_micro_batch_size_per_gpu": 16}')
+    (folder / "bad.jsonl").write_text('{"image": "a.jpg", "question": "what?"}\n{"image": "b.jpg"}\n')
+    tiny = [*MODEL, "--data.train", str(train), "--data.workers", "0", "--train.batch_size", "4"]
+    outputs = [folder / f"run{number}" for number in range(len(BAD))]
+    commands = [
+        [programme, *tiny, *arguments, "--output", str(output)]
+        for (programme, arguments, _), output in zip(BAD.values(), outputs, strict=True)
+    ]
+    (folder / "commands.json").write_text(json.dumps(commands))
     done = subprocess.run(
-        [*command, *arguments, "--output", "run"],
-        cwd=tmp_path,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        [sys.executable, "-m", "tests.engine.workers.refused", str(folder / "commands.json")],
+        cwd=folder,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=280,  # the first start on a machine compiles a communication op
+        timeout=280,
         check=False,
     )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return {name: (output, *answer) for name, output, answer in zip(BAD, outputs, answers, strict=True)}
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("name", BAD)
+def test_a_training_command_says_what_is_wrong_and_writes_nothing(refused, name):
+    output, status, said = refused[name]
+    assert status == 2, said[-2000:]
+    assert said.count("error:") == 1, said[-2000:]
+    assert re.search(BAD[name][2], said.split("error:")[1]), said[-2000:]
+    assert "Traceback" not in said
+    assert not output.exists()
+
+
+@pytest.mark.launcher
+def test_a_misspelt_key_ends_the_process_with_status_2(tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--model.vision.widht", "32"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
-    errors = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1, done.stderr[-2000:]
-    assert re.search(message, errors[0])
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
+    (error,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert "model.vision.width" in error
+    assert not list(tmp_path.iterdir())

@@ -48,8 +48,9 @@ def test_a_missing_deepspeed_stops_training(run: Any, monkeypatch: pytest.Monkey
 def test_a_missing_compiler_is_named(run: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name, path: None if name == "g++" else f"/bin/{name}")
     status, lines = run()
-    assert status == 1
-    assert "without g++:" in lines["DeepSpeed's operators"]
+    assert status == 0
+    assert lines["DeepSpeed's operators"].startswith("note")
+    assert "without g++, and an offloaded optimizer needs them" in lines["DeepSpeed's operators"]
 
 
 def test_pypis_apex_is_told_from_nvidias(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

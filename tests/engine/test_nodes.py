@@ -11,7 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from simla_ds.config import Config
 from simla_ds.engine.checkpoint_folder import check_whole
+from simla_ds.engine.run import run as train
 from tests.engine.launching import ROOT, free_port
 from tests.engine.runs import keys, losses, records, scenes
 
@@ -119,7 +121,16 @@ def test_restarts_come_to_an_end(tmp_path):
     assert said.count("restart 1 of at most 1") == 1
 
 
-def test_restarts_that_could_not_work_are_refused_at_the_start(tmp_path):
+def test_restarts_that_could_not_work_are_refused_at_the_start(monkeypatch, capsys):
+    """As torchrun tells its ranks, where TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not 1."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    assert train("pretrain.py", Config(), None) == 2
+    assert "pretrain.py: error: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_tells_that_restarts_could_not_work(tmp_path):
     log = tmp_path / "log"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--max-restarts", "1"]
     with ExitStack() as stack:

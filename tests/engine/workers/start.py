@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ def main() -> None:
     ranks = start()
     dist.all_reduce(torch.ones(3))
     lines = Path("/proc/self/maps").read_text().splitlines()
-    names = {line.split("/dev/shm/")[1] for line in lines if "/dev/shm/deepspeed_allreduce_buffer" in line}
-    mapped = gather_objects(sorted(names))
+    mapped = gather_objects([line for line in lines if "/dev/shm/deepspeed" in line])
+    compiled = gather_objects([name for name in sys.modules if name.startswith("deepspeed_")])
     if ranks.is_main:
-        print(json.dumps({"port": os.environ["MASTER_PORT"], "mapped": mapped}), flush=True)
+        print(json.dumps({"mapped": mapped, "compiled": compiled}), flush=True)
     ranks.say_first("error: the same on both")
     if not ranks.is_main:
         ranks.say_first("error: of one")
