@@ -2,7 +2,7 @@
 
 Each task is learnt from a pretrained model, and from scratch; VQA, NLVR2 and SNLI-VE also with the pictures blanked and
 with the words blanked, which shows what a task gives away. Every run is launch/finetune.py's: same trainer, same
-defaults but for its length. Measured on scenes of the test split. With --json, runs that the file holds already are not
+defaults but for its length and the teacher, who has no say (alpha 0). Measured on scenes of the test split. With --json, runs that the file holds already are not
 repeated, so that a table can be made in pieces: of one model and one set of scenes, told by their hashes.
 """
 
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=LEARNT, default=list(LEARNT), help="default: all")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each (default: 3)")
-    parser.add_argument("--samples", type=int, default=6400, metavar="N", help="examples per run (default: 6400)")
+    parser.add_argument("--samples", type=int, default=5120, metavar="N", help="examples per run (default: 5120)")
     parser.add_argument("--limit", type=int, default=300, metavar="N", help="test scenes used; 0: all (default: 300)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="store, and go on with, the results")
     arguments = parser.parse_args(argv)

@@ -6,7 +6,9 @@ Exit status: 0 done, 2 wrong use or bad input (one line says what to change).
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import get_args
 
 from simla_ds.threads import set_threads
@@ -43,10 +45,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     how.add_argument(
         "--protocol",
         choices=("official", "fast"),
-        help="official: 128 candidates, 256 of more than 1,000 pictures, at 384 px; fast: 16, at the model's own size",
+        help="official: 128 candidates, 256 of more than 2,000 pictures, at 384 px; fast: 16, at the model's own size",
     )
     parser.add_argument(
         "--answers", type=Path, metavar="FILE", help="VQA: JSON list of answers to rank (default: DIR's)"
+    )
+    parser.add_argument(
+        "--fidelity", default="corrected", choices=("corrected", "official"), help="VQA: how answers are ranked"
     )
     parser.add_argument("--predictions", type=Path, metavar="OUT", help="also write each prediction, as JSONL")
     parser.add_argument("--submission", type=Path, metavar="OUT", help="VQA: also write the evaluation server's JSON")
@@ -61,10 +66,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     pretrained = arguments.task in ("retrieval", "probes")
     if pretrained and (arguments.inputs != "both" or arguments.predictions or arguments.answers):
         parser.exit(2, f"evaluate.py: error: --inputs, --predictions and --answers are not for {arguments.task}\n")
-    if arguments.submission and arguments.task != "vqa":
-        parser.exit(2, "evaluate.py: error: --submission is for vqa\n")
+    if arguments.task != "vqa" and (arguments.submission or arguments.fidelity != "corrected"):
+        parser.exit(2, "evaluate.py: error: --submission and --fidelity are for vqa\n")
     if arguments.protocol and arguments.task != "retrieval":
         parser.exit(2, "evaluate.py: error: --protocol is for retrieval\n")
+    for option in ("predictions", "submission", "json"):  # before hours of predictions
+        out = getattr(arguments, option)
+        if out and not out.absolute().parent.is_dir():
+            parser.exit(2, f"evaluate.py: error: --{option} {out}: there is no folder {out.absolute().parent}\n")
     if arguments.rerank < 0:
         parser.exit(2, f"evaluate.py: error: --rerank must be 0 or more, got {arguments.rerank}\n")
     return arguments
@@ -84,13 +93,14 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
         answers=arguments.answers,
         inputs=arguments.inputs,
         device=arguments.device,
+        official=arguments.fidelity == "official",
     )
     if arguments.predictions:
         write_predictions(arguments.predictions, annotations, predictions)
     if arguments.submission:
         answers = submission(annotations.entries, predictions)
         arguments.submission.write_text(json.dumps(answers), encoding="utf-8")
-    return report(measures, arguments.json)
+    return report(measures, arguments.json, {"fidelity": arguments.fidelity} if arguments.task == "vqa" else {})
 
 
 def evaluate_probes(arguments: argparse.Namespace) -> int:
@@ -103,12 +113,13 @@ def evaluate_probes(arguments: argparse.Namespace) -> int:
     return report(probe_folder(folder, source, root, device=arguments.device), arguments.json)
 
 
-def report(measures: dict[str, float], json_out: Path | None) -> int:
-    """Print the numbers, and write them where asked."""
-    width = max(map(len, measures))
+def report(measures: dict[str, float], json_out: Path | None, how: Mapping[str, str] = MappingProxyType({})) -> int:
+    """Print the numbers and how they were made, and write them where asked."""
+    width = max(map(len, (*measures, *how)))
+    print("\n".join(f"{name:<{width}}  {value:>8}" for name, value in how.items()), end="\n" if how else "")
     print("\n".join(f"{name:<{width}}  {value:8.2f}" for name, value in measures.items()))
     if json_out:
-        json_out.write_text(json.dumps(measures, indent=1) + "\n", encoding="utf-8")
+        json_out.write_text(json.dumps({**measures, **how}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -132,26 +143,23 @@ def evaluate_retrieval(arguments: argparse.Namespace) -> int:
     tokenizer.max_tokens = (protocol and protocol.max_tokens) or tokenizer.max_tokens
     skipped = Counter[str]()
     if arguments.annotations:
-        root = arguments.image_root or arguments.annotations.parent
-        found = read_annotations(arguments.annotations, root)
-        Retrieval().checked(found, train=False)
-        pictures, batches = len(found.entries), annotated(arguments.annotations, root, processor)
+        found = read_annotations(arguments.annotations, arguments.image_root)
+        batches = annotated(Retrieval().checked(found, train=False), processor)
     else:
         _, files = open_files(str(arguments.data), "--data")
         places = [(shard, number) for shard, index in enumerate(files.shards) for number in range(len(index))]
-        pictures, batches = len(places), sharded(Samples(files, places, processor), skipped)
-    rerank = protocol.candidates(pictures) if protocol else arguments.rerank
-    print(
-        f"protocol {arguments.protocol or 'of your own'}: ITM orders {rerank} candidates, {processor.image_size} px, "
-        f"{tokenizer.max_tokens} tokens"
-    )
-    result = retrieve(model, batches, rerank=rerank, progress=sys.stderr.isatty())
+        batches = sharded(Samples(files, places, processor), skipped)
+    result = retrieve(model, batches, rerank=protocol or arguments.rerank, progress=sys.stderr.isatty())
     if skipped:
         reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
         print(f"{skipped.total()} sample(s) left out: {reasons}", file=sys.stderr)
+    print(
+        f"protocol {arguments.protocol or 'of your own'}: ITM orders {result.rerank} candidates, "
+        f"{processor.image_size} px, {tokenizer.max_tokens} tokens"
+    )
     print(retrieval_table(result))
     if arguments.json:
-        how = {"protocol": arguments.protocol, "rerank": rerank, "image_size": processor.image_size}
+        how = {"protocol": arguments.protocol, "rerank": result.rerank, "image_size": processor.image_size}
         how |= {"max_tokens": tokenizer.max_tokens, "left_out": skipped.total()}
         arguments.json.write_text(json.dumps({**result.measures(), **how}, indent=1) + "\n", encoding="utf-8")
     return 0

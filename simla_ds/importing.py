@@ -18,8 +18,10 @@ from simla_ds.data.processor import SimlaProcessor
 from simla_ds.data.text import TextTokenizer
 from simla_ds.downstream.nlvr2 import PairNetwork
 from simla_ds.downstream.snli_ve import EntailmentNetwork
+from simla_ds.downstream.tasks import ANSWERS
+from simla_ds.downstream.text_assignment import AssignmentNetwork
 from simla_ds.downstream.vqa import AnswerNetwork
-from simla_ds.hub import load_model_folder, new_model_folder, save_model_folder
+from simla_ds.hub import new_model_folder, read_model_folder, save_model_folder, task_of
 from simla_ds.model.image_codebook import image_codebook, is_image_codebook
 from simla_ds.model.loading import LoadReport, load_state
 from simla_ds.model.network import Network
@@ -53,6 +55,8 @@ def import_checkpoint(
         ValueError: no such weights, sizes that do not go together, a tokenizer of another vocabulary.
     """
     if source.is_dir() and (source / "config.json").is_file():
+        if heads is not None:
+            raise ValueError(f"{source} is a model folder, whose config.json says how many heads: it takes no --heads")
         return _resized(source, out, tokenizer, image_size)
     weights = read_weights(source)
     if is_image_codebook(weights):
@@ -155,12 +159,16 @@ def at_resolution(config: ModelConfig, image_size: int) -> ModelConfig:
 
 
 def _resized(source: Path, out: Path, tokenizer: Path | None, image_size: int | None) -> LoadReport:
-    """Take a pretraining folder of ours to another resolution."""
-    _, config = load_model_folder(source)
+    """Take a model folder of ours, pretraining's or a task's, to another resolution."""
+    kind = next(network for network in (*NETWORKS, AssignmentNetwork) if network.task == task_of(source))
+    config, weights = read_model_folder(source, kind)
     processor = SimlaProcessor.from_pretrained(source)
     config = at_resolution(config, image_size or config.vision.image_size)
-    model, teacher = Simla(config), Simla(config) if (source / "teacher").is_dir() else None
-    report = load_checkpoint(model, source, teacher)
+    model, teacher = kind(config), None
+    report = _load(model, source, weights)
+    if (source / "teacher").is_dir():
+        teacher = kind(config)
+        _load(teacher, source / "teacher", read_model_folder(source / "teacher", kind)[1])
     most = processor.tokenizer.max_tokens
     save_model_folder(
         model,
@@ -170,6 +178,7 @@ def _resized(source: Path, out: Path, tokenizer: Path | None, image_size: int | 
         teacher=teacher,
         max_words=processor.max_words,
         max_tokens=most,
+        files={ANSWERS: (source / ANSWERS).read_text(encoding="utf-8")} if (source / ANSWERS).is_file() else {},
     )
     return report
 

@@ -120,14 +120,16 @@ def _run(
     """Go through the shards that have no record yet; write the manifest when all have one."""
     folder = resolve_weights(model, options.weights)
     processor = SimlaProcessor.from_pretrained(folder)
-    network, _ = load_model_folder(folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.to(device)
+    network, _ = load_model_folder(folder, device="auto")
+    device = next(network.parameters()).device
     paths, files = open_files(shards)
     with open(folder / "model.safetensors", "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
-    sizes = [len(shard) for shard in files.shards]
-    _same_run(out, {"command": command, "model_sha256": weights, "samples": sizes, "options": vars(options)})
+    sizes, contents = [len(shard) for shard in files.shards], hashlib.sha256()
+    for path, shard in zip(paths, files.shards, strict=True):
+        contents.update(Path(path).name.encode() + shard.names.tobytes() + shard.members.tobytes())
+    identity = {"samples": sum(sizes), "data_sha256": contents.hexdigest()}
+    _same_run(out, {"command": command, "model_sha256": weights, **identity, "options": vars(options)})
     records = {number: out / f"record-{number:06d}.json" for number in range(len(paths))}
     left = [number for number, record in records.items() if not record.is_file()]
     dataset = Samples(files, [(number, i) for number in left for i in range(sizes[number])], processor)

@@ -13,8 +13,9 @@ from simla_ds.data.processor import SimlaProcessor
 from simla_ds.data.text import TextTokenizer, train_tokenizer
 from simla_ds.downstream.nlvr2 import PairNetwork
 from simla_ds.downstream.snli_ve import EntailmentNetwork
+from simla_ds.downstream.text_assignment import AssignmentNetwork
 from simla_ds.downstream.vqa import AnswerNetwork
-from simla_ds.hub import load_model_folder
+from simla_ds.hub import load_model_folder, save_model_folder
 from simla_ds.importing import at_resolution, describe
 from simla_ds.model.official_names import translate
 from simla_ds.model.simla import Simla
@@ -48,7 +49,8 @@ def tokenizer(tokenizers):
 
 
 def call(source, out, *options):
-    return main(["import", str(source), "--out", str(out), "--heads", "4", *map(str, options)])
+    heads = [] if source.is_dir() else ["--heads", "4"]
+    return main(["import", str(source), "--out", str(out), *heads, *map(str, options)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,6 +122,23 @@ def test_a_folder_of_ours_is_taken_to_another_resolution(tokenizers, tmp_path):
     name = "stream.layers.0.feed_forward.up.weight"
     assert torch.equal(small.get_parameter(name), large.get_parameter(name))
     assert SimlaProcessor.from_pretrained(tmp_path / "large").image_size == 96
+
+
+@pytest.mark.parametrize("kind", [AnswerNetwork, AssignmentNetwork])
+def test_a_tasks_folder_is_taken_to_another_resolution_with_its_files(kind, tokenizers, tmp_path):
+    vocabulary = replace(TextTokenizer(tokenizers / "300").vocabulary, visual_size=1)
+    student, teacher = (spread_weights(kind(replace(model_config(), vocabulary=vocabulary)), seed) for seed in (1, 2))
+    files = {"answers.json": '["yes"]'} if kind is AnswerNetwork else {}
+    save_model_folder(student, tmp_path / "small", tokenizers / "300", teacher=teacher, files=files)
+    assert call(tmp_path / "small", tmp_path / "large", "--image-size", "48") == 0
+    for name, network in (("", student), ("teacher", teacher)):
+        large, config = load_model_folder(tmp_path / "large" / name, kind)
+        assert (config.vision.image_size, config.image_positions) == (48, student.config.image_positions)
+        found = dict(large.named_parameters())
+        other = {n for n, p in network.named_parameters() if not torch.equal(p, found[n])}
+        assert other == {"image_encoder.pos_embed"}
+        assert all((tmp_path / "large" / name / file).read_text() == text for file, text in files.items())
+    assert main(["import", str(tmp_path / "small"), "--out", str(tmp_path / "x"), "--heads", "4"]) == 2
 
 
 def test_a_resolution_may_have_more_patches_than_the_stream_has_positions():

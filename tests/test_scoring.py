@@ -155,6 +155,17 @@ def test_pairs_above_the_thresholds_make_shards_of_their_own(made, tmp_path, cap
     assert found == wanted
 
 
+def test_other_samples_are_not_taken_for_those_of_a_stopped_run(made, tmp_path, capsys):
+    """As many of them, of the same sizes, in files of the same names: another key."""
+    folders = [tmp_path / name / "shards" for name in ("one", "other")]
+    for key, folder in zip(("a", "b"), folders, strict=True):
+        write_shards([(key, {"png": picture(0), "json": b'{"caption": "a dog"}'})], folder, 5)
+    more = ["--model", str(made / "model"), "--out", str(tmp_path / "out"), "--workers", "0"]
+    assert main(["score", str(folders[0]), *more]) == 0
+    assert main(["score", str(folders[1]), *more]) == 2
+    assert "was begun with another data_sha256" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_refused_in_one_line(made, tmp_path, capsys):
     assert main(command("score", made, tmp_path / "out")) == 0
     for arguments, told in (

@@ -75,6 +75,10 @@ def _run(arguments: argparse.Namespace, grid: Grid, results: Path) -> int:
         print(f"data_efficiency: uncommitted changes: rows will say {commit}, and so will the report", file=sys.stderr)
     data = grid.data
     pairs = Pairs((arguments.work / grid.name).resolve(), data.scenes, data.train, data.test)
+    if unknown := [name for name in grid.measure.splits if name not in pairs.splits]:
+        raise ValueError(
+            f"measure.splits: no {', '.join(unknown)} in this grid's data, which have {', '.join(pairs.splits)}"
+        )
     planned = [Planned(grid, cell, pairs) for cell in cells]
     if arguments.list:
         print(table(planned, results))

@@ -211,7 +211,11 @@ def upright_rgb(picture: Image.Image, room: float) -> Image.Image:
             picture.draft("RGB", (int(picture.width / shrink), int(picture.height / shrink)))
     picture.load()
     rgb, turn = _to_rgb(picture), _UPRIGHT.get(_orientation(picture))
-    return rgb if turn is None else rgb.transpose(turn)
+    if turn is None:
+        return rgb
+    upright = rgb.transpose(turn)
+    upright.info = {}  # the orientation is in there, in EXIF or XMP: who gets this picture must not turn it again
+    return upright
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -10,6 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
+
+from simla_ds.data.sample import SkipSample, read_picture
 from simla_ds.data.shards import ShardFiles
 
 SHOWN = 20
@@ -75,6 +78,13 @@ class Annotations:
     entries: Sequence[Entry]
     pictures: Pictures
 
+    def picture(self, name: str) -> Image.Image:
+        """Return a picture that entries name, upright RGB. Raises ValueError."""
+        try:
+            return read_picture(self.pictures.members(name))
+        except (SkipSample, OSError) as error:
+            raise ValueError(f"{self.source}: picture {name} cannot be used: {error}") from None
+
 
 class BadAnnotations(ValueError):
     """Everything that is wrong with an annotation file, a line each."""
@@ -90,7 +100,7 @@ def read_json(file: Path) -> Any:
     """Return what a JSON file holds; of JSON Lines (*.jsonl) the list of its lines. Raises ValueError, OSError."""
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]  # JSON may hold U+2028
     return json.loads(text)
 
 

@@ -26,6 +26,7 @@ def evaluate_folder(
     inputs: Literal["both", "text", "image"] = "both",
     limit: int = 0,
     device: str = "auto",
+    official: bool = False,
 ) -> tuple[dict[str, float], list[dict[str, Any]], Annotations]:
     """Return a task's measures, its predictions and the entries they are about.
 
@@ -37,6 +38,7 @@ def evaluate_folder(
         batch_size: entries per forward.
         inputs: what the model gets to see, as FinetuneConfig.inputs.
         device: as hub.load_model_folder's.
+        official: rank VQA's answers with the published arithmetic, as fine-tuning at `fidelity: official` does.
         limit: scenes used where entries are made of scenes, 0: all.
 
     Raises:
@@ -45,7 +47,7 @@ def evaluate_folder(
     tokenizer = SimlaProcessor.from_pretrained(folder).tokenizer
     listed = answers or folder / ANSWERS
     known = read_answers(listed) if task == "vqa" and (answers or listed.is_file()) else []
-    downstream = make_task(task, tokenizer, known)
+    downstream = make_task(task, tokenizer, known, official=official)
     network, model = load_model_folder(folder, downstream.network, device)
     entries = downstream.checked(load_annotations(task, source, image_root, limit=limit), train=False)
     for remark in downstream.remarks(entries):
@@ -58,8 +60,5 @@ def evaluate_folder(
 
 def write_predictions(file: Path, annotations: Annotations, predictions: list[dict[str, Any]]) -> None:
     """Write a JSON line per prediction, the entry's own keys under `given`."""
-    lines = [
-        json.dumps({**said, "given": annotations.entries[said["entry"]]}, ensure_ascii=False) + "\n"
-        for said in predictions
-    ]
+    lines = [json.dumps({**said, "given": annotations.entries[said["entry"]]}) + "\n" for said in predictions]
     file.write_text("".join(lines), encoding="utf-8")

@@ -126,7 +126,7 @@ class Grounding(Retrieval):
             for key, count in (("box", 4), ("size", 2)):
                 if not _numbers(entry.get(key), count):
                     yield f"key {key!r} must hold {count} numbers"
-            if not all(_numbers(box, 4) and min(box[2:]) > 0 for box in entry.get("proposals", [])):
+            if not all(_numbers(box, 4) and min(box[2:]) > 0 for box in entry.get("proposals") or []):
                 yield "key 'proposals' must hold boxes of 4 numbers with a size"
 
     def rows(self, annotations: Annotations) -> Annotations:

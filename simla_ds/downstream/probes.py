@@ -25,7 +25,6 @@ from PIL import Image
 from torch import Tensor
 
 from simla_ds.data.processor import SimlaProcessor
-from simla_ds.data.sample import SkipSample, read_picture
 from simla_ds.downstream.annotations import (
     Annotations,
     Entry,
@@ -193,10 +192,7 @@ def _score(model: Simla, processor: SimlaProcessor, probes: Annotations, chunk: 
 
 
 def _picture(probes: Annotations, name: str, crop: Sequence[float]) -> Image.Image:
-    try:
-        picture = read_picture(probes.pictures.members(name))
-    except (SkipSample, OSError) as error:
-        raise ValueError(f"{probes.source}: picture {name} cannot be used: {error}") from None
+    picture = probes.picture(name)
     if not crop:
         return picture
     x, y, w, h = crop

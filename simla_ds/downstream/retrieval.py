@@ -7,11 +7,9 @@ gradients nor deepspeed are needed; ranks, where there are some, share the re-ra
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from simla_ds.data.processor import SimlaProcessor
 from simla_ds.data.samples import Samples
+from simla_ds.downstream.annotations import Annotations
 from simla_ds.downstream.gallery import Gallery, encode, match_scores
 from simla_ds.model.simla import Simla
 from simla_ds.objectives.collectives import gather_by_rank, of_first_rank, rank, world_size
@@ -84,6 +83,8 @@ class RetrievalResult:
     """Recall at 1 of a random order in percent, by DIRECTION."""
     pictures: int
     captions: int
+    rerank: int
+    """Candidates of each query that ITM ordered."""
 
     def measures(self) -> dict[str, float]:
         """Return every number under one flat name, such as `itm/text_to_image/r1`."""
@@ -102,7 +103,7 @@ def retrieve(
     model: Simla,
     batches: Iterable[Mapping[str, Any]],
     *,
-    rerank: int = 16,
+    rerank: int | Protocol = 16,
     batch_size: int = 256,
     progress: bool = False,
 ) -> RetrievalResult:
@@ -113,15 +114,17 @@ def retrieve(
         batches: `image` (B, 3, S, S), `input_ids` and `text_mask` (B, L), `image_id` (B,), as in types.Batch: a row per
             caption. Rows that share an image_id are captions of one picture, which is encoded the first time.
         rerank: candidates of each query that ITM orders (the paper takes 256 on COCO, 128 on Flickr30k); those behind
-            them keep ITC's order. 0: ITC only.
+            them keep ITC's order. 0: ITC only. A protocol: as it says for so many pictures.
         batch_size: queries compared, captions encoded and pairs re-ranked at a time. A chunk of similarities has
             batch_size x max(I, T) numbers; the whole matrix is never made.
         progress: show a bar for encoding and for re-ranking.
     """
     if model.training:
         raise ValueError("retrieve needs model.eval(): dropout would make the ranking random")
-    gallery = encode(model, batches, keep_tokens=rerank > 0, batch_size=batch_size, progress=progress)
+    gallery = encode(model, batches, keep_tokens=rerank != 0, batch_size=batch_size, progress=progress)
     pictures, captions = len(gallery.image_feature), len(gallery.image_of_caption)
+    if isinstance(rerank, Protocol):
+        rerank = rerank.candidates(pictures)
     by_picture, by_caption = torch.arange(pictures), gallery.image_of_caption
     rankings = {
         "itc/image_to_text": rank_by_similarity(
@@ -140,7 +143,7 @@ def retrieve(
         for direction, score, (query_group, key_group) in zip(DIRECTIONS, scores, groups, strict=True):
             rankings[f"itm/{direction}"] = reorder(rankings[f"itc/{direction}"], score, query_group, key_group)
     chance = {"image_to_text": 100 / pictures, "text_to_image": 100 / pictures}  # T / I captions are right among T
-    return RetrievalResult(rankings, ceilings(gallery), chance, pictures, captions)
+    return RetrievalResult(rankings, ceilings(gallery), chance, pictures, captions, rerank)
 
 
 def rank_by_similarity(
@@ -255,30 +258,22 @@ def sharded(
         }
 
 
-def annotated(
-    file: Path, image_root: Path, processor: SimlaProcessor, batch_size: int = 16
-) -> Iterator[dict[str, Any]]:
-    """Yield batches for `retrieve` from a JSON list of {"image": path, "caption": [text, ...]}.
+def annotated(rows: Annotations, processor: SimlaProcessor, batch_size: int = 16) -> Iterator[dict[str, Any]]:
+    """Yield batches for `retrieve` of a caption a row, each with the `image` and `image_id` that Retrieval.rows gives it.
 
-    Paths are relative to image_root, batches have batch_size pictures. ValueError names the entry that cannot be used.
+    Batches have batch_size pictures with all their captions. ValueError names a picture that cannot be read.
     """
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"{file} must hold a list of entries, not one {type(entries).__name__}")
-    for number, entry in enumerate(entries):
-        captions = entry.get("caption") if isinstance(entry, dict) and isinstance(entry.get("image"), str) else None
-        captions = [captions] if isinstance(captions, str) else captions
-        if not (isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)):
-            raise ValueError(f'{file}: entry {number} must be {{"image": path, "caption": [text, ...]}}')
-        entry["caption"] = captions
-    for start in range(0, len(entries), batch_size):
-        chunk = entries[start : start + batch_size]
-        count = torch.tensor([len(entry["caption"]) for entry in chunk])
-        text = [caption for entry in chunk for caption in entry["caption"]]
-        inputs = processor([image_root / entry["image"] for entry in chunk], text)
+    captions: dict[Any, list[str]] = defaultdict(list)
+    first: dict[Any, str] = {}
+    for row in rows.entries:
+        captions[row["image_id"]].append(row["caption"])
+        first.setdefault(row["image_id"], row["image"])
+    names = list(first)
+    for start in range(0, len(first), batch_size):
+        chunk = names[start : start + batch_size]
+        count = torch.tensor([len(captions[name]) for name in chunk])
+        pictures = [rows.picture(first[name]) for name in chunk]
+        inputs = processor(pictures, [caption for name in chunk for caption in captions[name]])
         yield {
             "image": inputs["pixel_values"].repeat_interleave(count, dim=0),
             "input_ids": inputs["input_ids"],

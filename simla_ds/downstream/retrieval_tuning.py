@@ -56,7 +56,7 @@ class Retrieval(Downstream):
     def rows(self, annotations: Annotations) -> Annotations:
         """Return an entry for each caption."""
         rows = [
-            {"image": entry["image"], "caption": caption, "image_id": entry.get("image_id", entry["image"])}
+            {"image": entry["image"], "caption": caption, "image_id": _known(entry.get("image_id"), entry["image"])}
             for entry in annotations.entries
             for caption in _captions(entry)
         ]
@@ -117,6 +117,11 @@ class Retrieval(Downstream):
             recall = {f"{name}_r{k}": 100 * sum(rank < k for rank in ranks) / len(ranks) for k in RECALL_AT}
             found |= {**recall, f"{name}_r_mean": sum(recall.values()) / len(recall)}
         return {**found, "r_mean": (found["txt_r_mean"] + found["img_r_mean"]) / 2, "captions": len(ranks)}
+
+
+def _known(given: Any, otherwise: str) -> Any:
+    """Return an optional key's value; null is as if it were not there."""
+    return otherwise if given is None else given
 
 
 def _captions(entry: Entry) -> list[Any]:

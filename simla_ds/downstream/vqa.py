@@ -293,8 +293,11 @@ def given_answers(entry: Entry) -> list[str]:
 
 
 def answer_list(entries: Iterable[Entry], most: int) -> list[str]:
-    """Return the answers that entries give, the commonest first, at most so many."""
-    counts = Counter(answer for entry in entries for answer in given_answers(entry))
+    """Return the answers that entries give, the commonest first, at most so many. What is no text is left out.
+
+    It is Vqa.problems that refuses such entries, with all else that is wrong.
+    """
+    counts = Counter(answer for entry in entries for answer in given_answers(entry) if isinstance(answer, str))
     return [answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]]
 
 

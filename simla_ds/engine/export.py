@@ -12,6 +12,9 @@ from simla_ds.engine.tensor_files import Pieces, write_tensors
 from simla_ds.hub import WEIGHTS as MODEL_WEIGHTS
 from simla_ds.hub import SimlaConfig, SimlaModel, new_model_folder
 
+PRETRAININGS_NETWORK = ("retrieval", "grounding")
+"""Tasks that train pretraining's own network."""
+
 
 def export_checkpoint(checkpoint: Path, out: Path, tokenizer: Path | None = None) -> None:
     """Write the student of a checkpoint as the model folder `out`, and the teacher as out/teacher.
@@ -22,11 +25,13 @@ def export_checkpoint(checkpoint: Path, out: Path, tokenizer: Path | None = None
         tokenizer: its folder; None: where the run had it.
 
     Raises:
-        ValueError: the checkpoint is damaged or of another model, the tokenizer is gone or another, `out` is something
+        ValueError: the checkpoint is damaged or of a task with another network, the tokenizer is gone or another, `out` is something
             else.
     """
     check_whole(checkpoint)
     state = read_state(checkpoint)
+    if (task := state["config"].get("task", "retrieval")) not in PRETRAININGS_NETWORK:
+        raise ValueError(f"{checkpoint} is of the task {task}: its run's best/ and final/ are its model folders")
     data = state["config"]["data"]
     tokenizer = tokenizer or Path(data["tokenizer"])
     if not tokenizer.is_dir():

@@ -79,7 +79,7 @@ def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype, building:
     task: Any = downstream.module(model, teacher, config)
     task.queue.to(ranks.device)
     maker = ExampleMaker(config, downstream, tokenizer, train=False)
-    files = {ANSWERS: json.dumps(answers, ensure_ascii=False)} if answers else {}
+    files = {ANSWERS: json.dumps(answers)} if answers else {}
     return Parts(
         config, loader, task, lambda e, s: TaskWatch(config, e, task, s, downstream, held_out, maker, ranks), files
     )
@@ -221,7 +221,7 @@ def _answers(config: FinetuneConfig, train: Annotations, ranks: Ranks) -> list[s
     """Return the answer list; say how much of the training file it leaves out."""
     file = config.data.answers
     answers = read_answers(Path(file)) if file else answer_list(train.entries, config.data.max_answers)
-    given = {answer for entry in train.entries for answer in given_answers(entry)}
+    given = {answer for entry in train.entries for answer in given_answers(entry) if isinstance(answer, str)}
     outside = len(given.difference(answers))
     if outside:
         ranks.say(

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from simla_ds.data import sample
-from simla_ds.data.sample import REASONS, SkipSample, clean_caption, read_picture, read_record, stable_hash
+from simla_ds.data.sample import REASONS, SkipSample, clean_caption, read_picture, read_record, stable_hash, upright_rgb
 from tests.data.broken import bomb
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -123,6 +123,7 @@ def test_exif_rotation_is_undone(orientation):
     picture = read_picture({"jpg": encoded(stored, "JPEG", quality=95, subsampling=0, exif=exif)})
     assert picture.size == (64, 32)
     assert corners(picture) == [RED, GREEN, BLUE, WHITE]
+    assert corners(upright_rgb(picture, 0)) == [RED, GREEN, BLUE, WHITE]  # nor is it turned twice
 
 
 def test_broken_exif_does_no_harm():

@@ -5,12 +5,13 @@ import json
 import pytest
 
 from simla_ds.downstream.annotations import BadAnnotations, read_annotations
+from simla_ds.downstream.evaluation import write_predictions
 from simla_ds.downstream.grounding import Grounding
 from simla_ds.downstream.nlvr2 import Nlvr2
 from simla_ds.downstream.retrieval_tuning import Retrieval
 from simla_ds.downstream.snli_ve import SnliVe
 from simla_ds.downstream.tasks import load_annotations
-from simla_ds.downstream.vqa import Vqa
+from simla_ds.downstream.vqa import Vqa, answer_list
 
 GOOD = {
     "vqa": {"image": "a.jpg", "question": "what?", "question_id": 1, "answer": ["net"] * 10},
@@ -47,10 +48,31 @@ def test_an_entry_of_the_documented_format_passes(task, read):
     assert len(checked.entries) == (2 if task == "retrieval" else 1)  # a row per caption
 
 
+def test_a_null_is_as_if_an_optional_key_were_not_there(read):
+    entries = [{**GOOD["retrieval"], "image": name, "image_id": None} for name in ("a.jpg", "b.jpg")]
+    rows = Retrieval().checked(read(entries), train=True).entries
+    assert [row["image_id"] for row in rows] == ["a.jpg", "a.jpg", "b.jpg", "b.jpg"]
+    assert Grounding().checked(read([{**GOOD["grounding"], "proposals": None}]), train=False)
+
+
+def test_an_answer_list_leaves_out_what_is_no_text():
+    assert answer_list([{"answer": ["net", 2]}, {"answer": [{"answer": "net"}]}, {"answer": "net"}], 10) == ["net"]
+
+
+def test_predictions_are_written_whatever_characters_entries_hold(read, tmp_path):
+    annotations = read([{**GOOD["vqa"], "question": "half of a pair \ud83d"}])
+    write_predictions(tmp_path / "out.jsonl", annotations, [{"entry": 0, "answer": "n\u00e9t"}])
+    said = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (said["answer"], said["given"]["question"]) == ("n\u00e9t", "half of a pair \ud83d")
+
+
 def test_json_lines_are_read_as_a_list(read, tmp_path):
     entries = read([GOOD["vqa"], GOOD["vqa"]]).entries
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries) + "\n")
     assert load_annotations("vqa", str(tmp_path / "lines.jsonl")).entries == entries
+    said = [{**GOOD["vqa"], "question": "a line\u2028separator?"}]
+    (tmp_path / "lines.jsonl").write_text(json.dumps(said[0], ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert load_annotations("vqa", str(tmp_path / "lines.jsonl")).entries == said
     (tmp_path / "lines.jsonl").write_text('{"image": ')
     with pytest.raises(ValueError, match="is not valid JSON"):
         load_annotations("vqa", str(tmp_path / "lines.jsonl"))

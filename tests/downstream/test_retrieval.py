@@ -13,6 +13,7 @@ from launch import evaluate as programme
 from simla_ds.config import ModelConfig, StreamConfig, VisionConfig, VocabularyConfig
 from simla_ds.data.text import TextTokenizer, train_tokenizer
 from simla_ds.downstream import retrieval
+from simla_ds.downstream.annotations import read_annotations
 from simla_ds.downstream.gallery import PictureTokens, encode, match_scores
 from simla_ds.downstream.retrieval import (
     annotated,
@@ -22,6 +23,7 @@ from simla_ds.downstream.retrieval import (
     reorder,
     retrieve,
 )
+from simla_ds.downstream.retrieval_tuning import Retrieval
 from simla_ds.hub import SimlaProcessor, save_model_folder
 from simla_ds.model.simla import Simla
 
@@ -190,8 +192,12 @@ def annotations(tmp_path):
     return file
 
 
+def rows_of(file):
+    return Retrieval().checked(read_annotations(file, None), train=False)
+
+
 def test_annotations_give_a_row_per_caption(model_folder, annotations):
-    first, second = annotated(annotations, annotations.parent, SimlaProcessor.from_pretrained(model_folder), 2)
+    first, second = annotated(rows_of(annotations), SimlaProcessor.from_pretrained(model_folder), 2)
     assert first["image_id"].tolist() == [0, 0, 1]
     assert second["image_id"].tolist() == [2]
     assert torch.equal(first["image"][0], first["image"][1])
@@ -271,6 +277,8 @@ def test_the_official_protocol_orders_more_candidates_of_more_pictures():
         (["--task", "retrieval", "--data", "nowhere"], "matches no shards"),
         (["--task", "retrieval", "--data", "nowhere", "--weights", "teacher"], "has no teacher weights"),
         (["--task", "retrieval", "--data", "nowhere", "--rerank", "-1"], "--rerank must be 0 or more"),
+        (["--task", "nlvr2", "--data", "x", "--fidelity", "official"], "--submission and --fidelity are for vqa"),
+        (["--task", "vqa", "--data", "x", "--json", "no/where.json"], "--json no/where.json: there is no folder"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_2(model_folder, monkeypatch, capsys, options, message):
@@ -278,12 +286,41 @@ def test_wrong_use_is_one_line_and_status_2(model_folder, monkeypatch, capsys, o
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_captions_of_a_picture_may_stand_in_rows_of_their_own(model_folder, annotations, monkeypatch, capsys):
+    """By path, or by an image_id where one is given; .jsonl as .json."""
+    rows = [
+        {"image": f"{number}.png", "caption": caption, "image_id": None}
+        for caption in ("a red square", "grey")
+        for number in range(2)
+    ]
+    rows += [
+        {"image": "2.png", "caption": "a square", "image_id": 7},
+        {"image": "1.png", "caption": "b", "image_id": 7},
+    ]
+    lines = annotations.with_suffix(".jsonl")
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch = next(annotated(rows_of(lines), SimlaProcessor.from_pretrained(model_folder)))
+    assert batch["image_id"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(batch["image"][4], batch["image"][5])
+    assert not torch.equal(batch["image"][0], batch["image"][2])
+    options = ["--task", "retrieval", "--model", model_folder, "--annotations", lines, "--protocol", "fast"]
+    assert call(monkeypatch, options) == 0
+    assert "6 captions of 3 pictures" in capsys.readouterr().out
+
+
+def test_a_protocol_counts_pictures_and_not_captions(model, monkeypatch):
+    monkeypatch.setattr(retrieval, "MANY", 9)
+    few = retrieval.Protocol(rerank=2, rerank_many=4, image_size=None, max_tokens=None)
+    assert retrieve(model, pairs(images=9), rerank=few).rerank == 2
+    assert retrieve(model, pairs(images=10), rerank=few).rerank == 4
+
+
 @pytest.mark.parametrize("content", ["{", '{"image": "a"}', '[{"image": 3, "caption": "a"}]', '[{"image": "a"}]'])
-def test_broken_annotations_are_one_line(model_folder, tmp_path, content):
+def test_broken_annotations_are_named(tmp_path, content):
     file = tmp_path / "broken.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=r"broken\.json"):
-        next(annotated(file, tmp_path, SimlaProcessor.from_pretrained(model_folder)))
+        rows_of(file)
 
 
 def call(monkeypatch, options):

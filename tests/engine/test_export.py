@@ -11,6 +11,7 @@ import torch
 
 from simla_ds.config import Config, DataConfig
 from simla_ds.data.text import TextTokenizer, train_tokenizer
+from simla_ds.downstream.config import FinetuneConfig
 from simla_ds.engine import tensor_files
 from simla_ds.engine.export import export_checkpoint
 from simla_ds.hub import SimlaModel, SimlaProcessor
@@ -77,6 +78,14 @@ def test_a_checkpoint_of_another_network_is_refused_and_nothing_is_written(tmp_p
     with pytest.raises(ValueError, match=r" None, its model \("):
         export_checkpoint(tmp_path / "run" / "step_1", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_checkpoint_of_a_task_with_a_network_of_its_own_is_refused(tmp_path, saved):
+    config = FinetuneConfig(task="vqa", model=saved[1].config)
+    write_checkpoint(tmp_path / "step_1", config, *(dict(network.named_parameters()) for network in saved[1:]))
+    with pytest.raises(ValueError, match="is of the task vqa: its run's best/ and final/ are its model folders"):
+        export_checkpoint(tmp_path / "step_1", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path, saved, monkeypatch):

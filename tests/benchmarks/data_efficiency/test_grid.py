@@ -11,6 +11,7 @@ from benchmarks.data_efficiency.command import main
 from benchmarks.data_efficiency.grid import Cell, Data, Grid, read_grid
 from benchmarks.data_efficiency.sets import SETS
 from simla_ds.data.scenes.prepare import SceneOptions
+from simla_ds.data.shards import write_shards
 from simla_ds.parsing import parse_config
 
 GRIDS = sorted((Path(__file__).resolve().parents[3] / "grids").glob("*.yaml"))
@@ -128,3 +129,15 @@ def test_a_bad_grid_file_is_one_line_and_exit_status_2(tmp_path: Path, capsys: p
         assert said in error
         assert error.count("\n") == 1
     assert main(["--grid", str(tmp_path / "none.yaml")]) == 2
+
+
+def test_a_split_that_the_data_lack_is_told_before_anything_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_shards([("a", {"jpg": b"", "txt": b"a dog"})], tmp_path / "train", 5)
+    shards = str(tmp_path / "train")
+    grid = {"name": "mine", "config": {}, "data": {"train": shards, "test": {"coco": shards}}}
+    grid["cells"] = [{"objectives": ["itc"], "fractions": [1.0], "seeds": [0]}]
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    assert main(["--grid", str(tmp_path / "grid.yaml"), *folders]) == 2
+    said = "measure.splits: no test, test_vendor, test_pairing in this grid's data, which have coco"
+    assert said in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.data_efficiency import measures
 from benchmarks.data_efficiency.measures import chance_recall, mean_recall, measure, random_average_precision, recall_at
 from simla_ds.config import ModelConfig, StreamConfig, VisionConfig
 from simla_ds.data.scenes.prepare import prepare_scenes
@@ -46,7 +47,7 @@ def test_every_caption_of_a_picture_is_ranked(scenes: Path):
     assert not any(name.startswith("two/keywords") for name in found)  # no scenes, so nothing is known of their things
 
 
-def test_scenes_are_measured_by_everything_their_objectives_train(scenes: Path):
+def test_scenes_are_measured_by_everything_their_objectives_train(scenes: Path, monkeypatch: pytest.MonkeyPatch):
     splits = {"test": str(scenes / "data" / "test")}
     found = measure(scenes / "model", ("itc", "itm", "psl"), splits, pictures=PICTURES, rerank=4)
     assert (found["test/retrieval/pictures"], found["test/retrieval/captions"]) == (PICTURES, PICTURES)
@@ -54,6 +55,10 @@ def test_scenes_are_measured_by_everything_their_objectives_train(scenes: Path):
     assert found["test/retrieval/itm/mean_recall"] == pytest.approx(sum(ways) / 2, abs=1e-3)  # of 4 candidates: R@1
     assert found["test/keywords/random/average_precision"] < found["test/keywords/prior/average_precision"]
     assert "test/grounding/pointing" in found
+    with monkeypatch.context() as patch:
+        patch.setattr(measures, "thing_names", lambda: ["nothing"])
+        held_out = measure(scenes / "model", ("itc", "itm", "psl"), splits, pictures=PICTURES, rerank=4)
+    assert not any("keywords" in name for name in held_out)  # things never trained on: nothing ranks their names
     contrast = measure(scenes / "model", ("itc",), splits, pictures=PICTURES, rerank=4)
     assert not any("itm" in name.split("/") or "grounding" in name or "/psl/" in name for name in contrast)
 
