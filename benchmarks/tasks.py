@@ -2,8 +2,9 @@
 
 Each task is learnt from a pretrained model, and from scratch; VQA, NLVR2 and SNLI-VE also with the pictures blanked and
 with the words blanked, which shows what a task gives away. Every run is launch/finetune.py's: same trainer, same
-defaults but for its length and the teacher, who has no say (alpha 0). Measured on scenes of the test split. With --json, runs that the file holds already are not
-repeated, so that a table can be made in pieces: of one model and one set of scenes, told by their hashes.
+defaults but for its length and the teacher, who has no say (alpha 0). Measured on scenes of the test split. With
+--json, runs that the file holds already are not repeated, so that a table can be made in pieces: of one model and one
+set of scenes, told by their hashes.
 """
 
 from __future__ import annotations

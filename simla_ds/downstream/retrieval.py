@@ -259,7 +259,7 @@ def sharded(
 
 
 def annotated(rows: Annotations, processor: SimlaProcessor, batch_size: int = 16) -> Iterator[dict[str, Any]]:
-    """Yield batches for `retrieve` of a caption a row, each with the `image` and `image_id` that Retrieval.rows gives it.
+    """Yield batches for `retrieve` of rows as Retrieval.rows makes them: `image`, `image_id` and one `caption`.
 
     Batches have batch_size pictures with all their captions. ValueError names a picture that cannot be read.
     """

@@ -25,8 +25,8 @@ def export_checkpoint(checkpoint: Path, out: Path, tokenizer: Path | None = None
         tokenizer: its folder; None: where the run had it.
 
     Raises:
-        ValueError: the checkpoint is damaged or of a task with another network, the tokenizer is gone or another, `out` is something
-            else.
+        ValueError: the checkpoint is damaged or of a task with another network, the tokenizer is gone or another, `out`
+            is something else.
     """
     check_whole(checkpoint)
     state = read_state(checkpoint)
