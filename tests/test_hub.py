@@ -285,6 +285,20 @@ def test_scores_are_those_of_the_network(folder, student, inputs):
     torch.testing.assert_close(model.get_text_features(ids), out.text_features)  # padding is told by its id
 
 
+def test_it_runs_and_trains_under_autocast(folder, inputs):
+    model = SimlaModel.from_pretrained(folder)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = model(**inputs[1])
+        model.zero_grad()
+        (out.itm_logits.float().sum() + out.similarity.float().sum()).backward()
+        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        found.append((out.similarity.float(), out.itm_logits.float(), torch.cat(gradients)))
+    for exact, rounded in zip(*found, strict=True):
+        assert 0 < (rounded - exact).norm() / exact.norm() < 0.1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("pictures", "captions"), [(1, 3), (3, 1), (1, 1)])
 def test_one_picture_or_caption_is_paired_with_each_of_the_others(folder, inputs, pictures, captions):

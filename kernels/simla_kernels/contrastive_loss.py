@@ -18,6 +18,7 @@ from torch import Tensor
 
 from simla_kernels import dispatch
 from simla_kernels.dispatch import Operation
+from simla_kernels.half import without_autocast
 
 UNFILLED = -1
 """The id of a queue row that holds nothing yet."""
@@ -140,17 +141,18 @@ def _forward(
     temperature = temperature.to(dtype)
     rows = slice(rank_offset, rank_offset + pairs)
     found = []
-    for student, teacher, keys, queue in (
-        (image, teacher_image, teacher_text, text_queue),
-        (text, teacher_text, teacher_image, image_queue),
-    ):
-        queries = torch.cat([student, teacher[rows]]).to(dtype)
-        own_keys = keys[rows].to(dtype)
-        sums, lse, similarities = attend(queries, own_keys, keys, queue, temperature, ids, queue_ids, rank_offset)
-        target = alpha * sums[pairs:] + (1 - alpha) * own_keys
-        loss = (lse[:pairs] - (queries[:pairs] * target).sum(-1) / temperature).mean() / 2
-        grad = (sums[:pairs] - target) / (temperature * (2 * pairs))
-        found.append((loss, similarities, grad, -(queries[:pairs] * grad).sum() / temperature))
+    with without_autocast(image.device):
+        for student, teacher, keys, queue in (
+            (image, teacher_image, teacher_text, text_queue),
+            (text, teacher_text, teacher_image, image_queue),
+        ):
+            queries = torch.cat([student, teacher[rows]]).to(dtype)
+            own_keys = keys[rows].to(dtype)
+            sums, lse, similarities = attend(queries, own_keys, keys, queue, temperature, ids, queue_ids, rank_offset)
+            target = alpha * sums[pairs:] + (1 - alpha) * own_keys
+            loss = (lse[:pairs] - (queries[:pairs] * target).sum(-1) / temperature).mean() / 2
+            grad = (sums[:pairs] - target) / (temperature * (2 * pairs))
+            found.append((loss, similarities, grad, -(queries[:pairs] * grad).sum() / temperature))
     (loss_i2t, sim_i2t, grad_image, grad_a), (loss_t2i, sim_t2i, grad_text, grad_b) = found
     return loss_i2t + loss_t2i, sim_i2t, sim_t2i, grad_image, grad_text, grad_a + grad_b
 

@@ -112,8 +112,15 @@ def _torch_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor | None, p: float, seed: Tensor, cls: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, what backward needs (log-sum-exp where flash runs, else nothing) and the [CLS] row."""
+    with half.without_autocast(q.device):
+        return _attend(q, k, v, mask, index, p, seed, cls)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, index: Tensor | None, p: float, seed: Tensor, cls: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     if (wide := half.operand_dtype(q)) != q.dtype:
-        out, state, row = _torch_forward(q.to(wide), k.to(wide), v.to(wide), mask, index, p, seed, cls)
+        out, state, row = _attend(q.to(wide), k.to(wide), v.to(wide), mask, index, p, seed, cls)
         return out.to(q.dtype), state, row
     k, v, mask = _read_by(index, k), _read_by(index, v), None if mask is None else _read_by(index, mask)
     row = _weights(q[:, :, :1].float(), k.float(), mask)[:, :, 0] if cls else _no_row(q)
@@ -368,7 +375,7 @@ def _check_range(op: str, index: Tensor | None, key_rows: int) -> None:
 
 def _example(size: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """A lone query; captions over shared pictures; pictures over masked captions with dropout."""
-    queries, keys, dim = ((1, 31, 16), (30, 257, 64), (65, 30, 40))[size]
+    queries, keys, dim = ((1, 31, 16), (30, 257, 64), (65, 30, 88))[size]
     generator = torch.Generator().manual_seed(size)
     index = torch.tensor([1, 0, 1, 1]) if size == 1 else None
     rows = 2 if index is None else len(index)

@@ -73,8 +73,9 @@ def _span(cu_ptr, row, length, PACKED: tl.constexpr):
     """Return where a sequence starts in the packed axis, and how long it is."""
     start = 0
     if PACKED:
-        start = tl.load(cu_ptr + row)
-        length = tl.load(cu_ptr + row + 1) - start
+        first = tl.load(cu_ptr + row)
+        length = tl.load(cu_ptr + row + 1) - first
+        start = first.to(tl.int64)  # tokens before it x width may be more than 2^31
     return start, length
 
 

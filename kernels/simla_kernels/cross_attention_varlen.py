@@ -234,10 +234,10 @@ def _example(size: int, device: torch.device, dtype: torch.dtype) -> dict[str, A
         ([30, 9, 17], [257, 257], [1, 0, 1]),
         ([12, 1, 40, 0], [7, 0, 33], [2, 1, 0, 0]),
     )[size]
-    generator = torch.Generator().manual_seed(size)
+    generator, dim = torch.Generator().manual_seed(size), (32, 64, 88)[size]
 
     def normal(counts: list[int]) -> Tensor:
-        return torch.randn(sum(counts), 2, 32, generator=generator).to(device, dtype).requires_grad_()
+        return torch.randn(sum(counts), 2, dim, generator=generator).to(device, dtype).requires_grad_()
 
     def starts(counts: list[int]) -> Tensor:
         return F.pad(torch.tensor(counts).cumsum(0), (1, 0)).to(device)

@@ -82,7 +82,7 @@ def backend(op: str, *args: Any, **kwargs: Any) -> Backend:
 
 def choose(op: str, tensor: Tensor, refusal: Callable[[], str | None]) -> Backend:
     """Decide for one call on `tensor`'s device; `refusal` gives Triton's objection to the arguments."""
-    wanted = _forced or mode()
+    wanted = wish()
     if wanted == "torch":
         return Backend("torch", "SIMLA_KERNELS=torch")
     if wanted == "auto" and tensor.device.type != "cuda":
@@ -97,6 +97,11 @@ def choose(op: str, tensor: Tensor, refusal: Callable[[], str | None]) -> Backen
         raise ValueError(f"{op}: SIMLA_KERNELS_STRICT=1 and Triton cannot take this call: {objection}")
     _say_once(f"simla_kernels: {op} runs in PyTorch: {objection}")
     return Backend("torch", objection)
+
+
+def wish() -> str:
+    """Return what this context forces, else SIMLA_KERNELS."""
+    return _forced or mode()
 
 
 def mode() -> str:

@@ -35,10 +35,10 @@ def as_seed(op: str, seed: int | Tensor | None, dropout_p: float) -> Tensor:
             )
         return seed.reshape(1)
     if seed is not None:
-        return torch.tensor([seed], dtype=torch.int64)
+        return torch.tensor([seed], dtype=torch.int64, device="cpu")  # whatever the default device
     if dropout_p == 0:
-        return torch.zeros(1, dtype=torch.int64)
-    return torch.randint(2**31 - 1, (1,), dtype=torch.int64)
+        return torch.zeros(1, dtype=torch.int64, device="cpu")
+    return torch.randint(2**31 - 1, (1,), dtype=torch.int64, device="cpu")
 
 
 def keep_mask(seed: Tensor, like: Tensor, dropout_p: float) -> Tensor:

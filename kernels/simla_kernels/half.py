@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -25,3 +26,9 @@ def has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 matrices faster than fp32 ones."""
     able = torch.cpu.get_capabilities()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Within this context products stay in their operands' dtype."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()

@@ -202,7 +202,7 @@ def _uses_triton(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> b
 
 
 def _is_for_apex(x: Tensor) -> bool:
-    return x.device.type == "cuda" and dispatch.mode() == "auto" and _apex() is not None
+    return x.device.type == "cuda" and dispatch.wish() == "auto" and _apex() is not None
 
 
 @cache

@@ -9,7 +9,6 @@ rounds them to bf16, as its own linear layer does; on one without, half inputs a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -78,7 +77,7 @@ def losses_and_gradients(
             gradient.zero_()
     h, teacher = half.operand(h), teacher and (half.operand(teacher[0]), teacher[1])
     scale = FP16_SCALE if h.dtype == torch.float16 else 1.0  # on a card: operands on a CPU are not fp16
-    with without_autocast(h.device):
+    with half.without_autocast(h.device):
         for rows in _chunks(h.shape[0], weight):
             _one_chunk(h, weight, teacher, row_loss, rows, losses, gradients, scale, aligned)
     if scale != 1:
@@ -145,12 +144,6 @@ def chunk_bytes(device: torch.device) -> int:
 def exact(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of logits, losses and gradients."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Within this context products stay in their operands' dtype."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def weight_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -255,7 +248,7 @@ def weight_gradient(dz: Tensor, h: Tensor, by: Tensor) -> Tensor:
     """Return dz^T h * by (V, K) in h's dtype, of a dz that was kept."""
     factor = half.operand(h)
     total = torch.empty(dz.shape[1], h.shape[1], dtype=exact(h.dtype), device=h.device)
-    with without_autocast(h.device):
+    with half.without_autocast(h.device):
         if factor.dtype == total.dtype:
             return product(dz.t(), factor * by, out=total).to(h.dtype)
         by = by / FP16_SCALE if dz.dtype == torch.float16 else by

@@ -65,6 +65,7 @@ def row_losses(
     """Return the losses (n,), summed over classes; write scale * d loss / d z. z and teacher_z are overwritten."""
     target = torch.zeros_like(z) if teacher_z is None else teacher_z.sigmoid_().mul_(alpha)
     if keyword_ids.shape[1]:
+        keyword_ids = keyword_ids.masked_fill(keyword_ids >= z.shape[1], -1)  # on a card nobody refused them
         # an absent id becomes one of the row's own, so that every writer of an entry writes the same number
         largest = keyword_ids.amax(1, keepdim=True)
         ids = torch.where(keyword_ids < 0, largest, keyword_ids).clamp_(min=0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simla_kernels import dispatch
 from simla_kernels.dispatch import Operation
-from simla_kernels.half import operand
+from simla_kernels.half import operand, without_autocast
 from simla_kernels.linear_chunks import (
     add_product,
     check_device,
@@ -27,7 +27,6 @@ from simla_kernels.linear_chunks import (
     exact,
     product,
     scaled_gradient,
-    without_autocast,
 )
 from simla_kernels.linear_soft_ce import check_label_range, linear_soft_ce
 

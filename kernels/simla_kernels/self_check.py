@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from simla_kernels import checking, dispatch, tuned
-from simla_kernels.launching import triton_version
+from simla_kernels.launching import interpreting, triton_version
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest error in units of a result's largest entry."""
@@ -77,7 +77,8 @@ def _key(op: str, device: torch.device) -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         source.update(path.read_bytes())
     source.update(repr(sorted(tuned.configs(device).items())).encode())  # other configurations, another check
-    return f"{op} | {card} | torch {torch.__version__} | triton {triton_version()} | {source.hexdigest()[:16]}"
+    triton = f"triton {triton_version()}" + (", interpreted" if interpreting() else "")
+    return f"{op} | {card} | torch {torch.__version__} | {triton} | {source.hexdigest()[:16]}"
 
 
 def _cache_file() -> Path:
@@ -86,20 +87,16 @@ def _cache_file() -> Path:
 
 
 def _read(path: Path) -> dict[str, str | None]:
-    if not path.is_file():
-        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}  # cut off while it was written: check again
+    except (OSError, ValueError):
+        return {}  # none yet, another user's, or cut off while it was written: check again
     return content if isinstance(content, dict) else {}
 
 
 def _write(path: Path, verdicts: dict[str, str | None]) -> None:
-    whole = path.with_suffix(f".{os.getpid()}")  # ranks may write at once: each renames a whole file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(json.dumps(verdicts, indent=1) + "\n", encoding="utf-8")
-        whole.replace(path)
+        tuned.replace_text(path, json.dumps(verdicts, indent=1) + "\n")
     except OSError as error:
         print(f"simla_kernels: self-checks will run at every start, {path} cannot be written: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -33,10 +34,15 @@ def store(path: Path, device: torch.device, found: Configs) -> None:
     content = _read(path) if path.is_file() else {}
     entry = {" | ".join(key): asdict(config) for key, config in found.items()}
     content[_card(device)] = {**content.get(_card(device), {}), **entry}
-    whole = path.with_suffix(f".{os.getpid()}")
-    whole.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    whole.replace(path)
+    replace_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
     _of_card.cache_clear()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, while other processes on this or other nodes may do so too. Raises OSError."""
+    whole = path.with_suffix(f".{uuid.uuid4().hex}")
+    whole.write_text(text, encoding="utf-8")
+    whole.replace(path)
 
 
 @cache

@@ -32,6 +32,7 @@ class _GeluLinear(torch.autograd.Function):
         (x, weight), grad = ctx.saved_tensors, gradients[0]
         of_x, of_weight, of_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
+        weight = weight.to(grad.dtype)  # another only under autocast
         return (
             torch.ops.aten.gelu_backward(grad @ weight, x) if of_x else None,
             rows.T @ F.gelu(x).flatten(0, -2) if of_weight else None,

@@ -35,4 +35,5 @@ class ResidualLayerNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """(..., D) each, to (..., D)."""
         dropout = self.dropout if self.training else 0.0
+        x = x.to(residual.dtype)  # autocast computes x in half precision; else they are alike
         return dropout_add_layer_norm(x, residual, self.weight, self.bias, dropout, eps=self.eps)

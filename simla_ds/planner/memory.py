@@ -43,8 +43,16 @@ class Zero:
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> Zero:
-        """Return a DeepSpeed file's, DeepSpeed's own defaults where it says nothing."""
-        zero = settings.get("zero_optimization", {})
+        """Return a DeepSpeed file's, DeepSpeed's own defaults where it says nothing or "auto".
+
+        Raises ValueError for ZeRO++'s second copy of the weights, which is not described here.
+        """
+        zero = {name: value for name, value in settings.get("zero_optimization", {}).items() if value != "auto"}
+        if (size := zero.get("zero_hpz_partition_size", 1)) != 1:
+            raise ValueError(
+                f"the plan's formulas leave out the second copy of the weights of zero_hpz_partition_size {size}: plan "
+                "with 1, and add the weights in the training dtype divided by it"
+            )
 
         def offloads(section: str) -> bool:
             return (zero.get(section) or {}).get("device", "none") != "none"

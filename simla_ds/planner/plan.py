@@ -157,18 +157,23 @@ def _check(config: Config) -> None:
     """Refuse what the formulas do not describe, by the first setting that leaves it."""
     objectives = config.objectives
     off = [name for name in objectives.names if name not in objectives.enabled]
-    problems = {
+    cheaper = {
         f"objectives.{off[0] if off else ''}.weight 0": bool(off),
         "objectives.fidelity official": config.official,
         "train.passes plain": config.train.passes != "fast",
         "objectives.xmm.visible_only true": objectives.xmm.visible_only,
         f"objectives.xmm.every {objectives.xmm.every}": objectives.xmm.every > 1,
+        "model.stream.shared false": not config.model.stream.shared,
     }
-    for setting, wrong in problems.items():
-        if wrong:
+    dearer = {
+        "objectives.itm.negatives global": objectives.itm.negatives == "global",
+        "objectives.xmm.text_keys encoded": objectives.xmm.text_keys == "encoded",
+    }
+    for bound, settings in (("an upper", cheaper), ("a lower", dearer)):
+        for setting in (name for name, wrong in settings.items() if wrong):
             raise ValueError(
                 f"the plan's formulas describe the corrected step of all five objectives in fast passes; {setting} is "
-                "another one: leave it out to have an upper bound"
+                f"another one: leave it out to have {bound} bound"
             )
 
 
@@ -180,7 +185,8 @@ def _with_vocabulary(config: Config) -> tuple[Config, bool]:
     folders = [config.data.tokenizer, config.data.visual_tokenizer]
     if not any(folders) and not config.data.train:
         folders = [f"{config.data.scenes_dir}/tokenizer", f"{config.data.scenes_dir}/visual_tokens"]
-    found, assumed = ASSUMED, True
+    size, codes = vocabulary.size or ASSUMED.size, vocabulary.visual_size or ASSUMED.visual_size
+    found, assumed = replace(ASSUMED, size=size, visual_size=codes), True
     if all(folder and Path(folder).is_dir() for folder in folders):
         from simla_ds.data.text import TextTokenizer
         from simla_ds.data.visual_tokens import load_visual_tokenizer

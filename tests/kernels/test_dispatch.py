@@ -103,6 +103,18 @@ def test_a_verdict_is_kept_by_card_version_and_source(tmp_path: Path, monkeypatc
     assert self_check.objection("cross_attention", device) == "off by 1"
     assert len(runs) == 2
     self_check.objection.cache_clear()
+    monkeypatch.setattr(self_check, "interpreting", lambda: True)  # says nothing of what is compiled
+    assert self_check.objection("cross_attention", device) == "off by 1"
+    assert len(runs) == 3
+    self_check.objection.cache_clear()
+
+
+def test_another_users_cache_costs_a_check_and_no_more(monkeypatch: pytest.MonkeyPatch):
+    def read_text(self: Path, **_: Any) -> str:
+        raise PermissionError(self)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert self_check._read(Path("/root/.cache/simla_kernels/self_check.json")) == {}
 
 
 def test_a_verdict_that_cannot_be_kept_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):

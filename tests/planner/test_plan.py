@@ -12,7 +12,7 @@ from simla_ds.cli import main
 from simla_ds.planner.cards import CARDS, GIB
 from simla_ds.planner.memory import LAYOUTS, Zero, count_parameters, plan_memory
 from simla_ds.planner.operations import recomputed_operations, step_operations
-from simla_ds.planner.plan import RESERVED, Hardware, make_plan
+from simla_ds.planner.plan import ASSUMED, RESERVED, Hardware, make_plan
 from simla_ds.planner.shape import StepShape
 from simla_ds.planner.speed import bytes_sent, step_seconds
 
@@ -97,9 +97,12 @@ def test_other_nodes_are_further_away():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"objectives__fidelity": "official"}, "objectives.fidelity official"),
+        ({"objectives__fidelity": "official"}, "objectives.fidelity official .* an upper bound"),
         ({"objectives__psl__weight": 0.0}, "objectives.psl.weight 0"),
         ({"train__passes": "plain"}, "train.passes plain"),
+        ({"model__stream__shared": False}, "model.stream.shared false .* an upper bound"),
+        ({"objectives__itm__negatives": "global"}, "objectives.itm.negatives global .* a lower bound"),
+        ({"objectives__xmm__text_keys": "encoded"}, "objectives.xmm.text_keys encoded .* a lower bound"),
     ],
 )
 def test_a_step_that_the_formulas_do_not_describe_is_refused(change, words):
@@ -140,6 +143,7 @@ def test_the_command_prints_numbers_of_one_file(capsys, monkeypatch, project_roo
         (["--utilisation", "1.5"], "at most 1"),
         (["--deepspeed", "README.md"], "README.md is not JSON"),
         (["--deepspeed", "nothing.json"], "nothing.json"),
+        (["--deepspeed", "ds_configs/zero3_hpz.json"], "second copy of the weights of zero_hpz_partition_size 8"),
     ],
 )
 def test_wrong_use_is_a_line_and_status_2(capsys, monkeypatch, project_root, more, words):
@@ -150,6 +154,20 @@ def test_wrong_use_is_a_line_and_status_2(capsys, monkeypatch, project_root, mor
         status = error.code
     assert status == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_number_of_words_that_is_given_counts_beside_an_assumed_number_of_codes():
+    vocabulary = replace(CONFIG.model.vocabulary, size=90_000, visual_size=0)
+    found = [
+        make_plan(replace(CONFIG, model=replace(CONFIG.model, vocabulary=words)), HARDWARE, LAYOUTS)
+        for words in (vocabulary, replace(vocabulary, visual_size=ASSUMED.visual_size))
+    ]
+    assert found[0].rows == found[1].rows
+
+
+def test_what_a_file_leaves_to_deepspeed_is_deepspeeds_default():
+    auto = {"stage": 2, "reduce_bucket_size": "auto", "offload_optimizer": "auto"}
+    assert Zero.of({"zero_optimization": auto}) == Zero.of({"zero_optimization": {"stage": 2}})
 
 
 def test_the_command_knows_every_card(capsys):
