@@ -52,7 +52,7 @@ def result(ranks):
     directions = ("image_to_text", "text_to_image")
     rankings = {f"itc/{d}": ranking(ranks) for d in directions} | {f"itm/{d}": ranking([9] * 10) for d in directions}
     ceilings = {f"{d}/r{k}": 100.0 for d in directions for k in (1, 5, 10)}
-    return RetrievalResult(rankings, ceilings, dict.fromkeys(directions, 1.0), pictures=100, captions=100)
+    return RetrievalResult(rankings, ceilings, dict.fromkeys(directions, 1.0), pictures=100, captions=100, rerank=16)
 
 
 def test_a_resumed_run_reads_as_one(tmp_path):
