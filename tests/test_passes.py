@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -171,7 +171,7 @@ def test_merged_passes_recompute_their_activations_and_change_no_number():
 
 
 @torch.no_grad()
-def losses_over_seeds(passes: str, dropout: float, seeds: int) -> Tensor:
+def losses_over_seeds(passes: Literal["fast", "plain"], dropout: float, seeds: int) -> Tensor:
     """Return (seeds, 5) losses of one batch under other draws of dropout, in student and teacher."""
     stream = dataclasses.replace(STREAM, dropout=dropout)
     task, batch = make_task(run_config(passes, stream, teacher=TeacherConfig(dropout=True))), make_batch(LENGTHS)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -202,9 +202,9 @@ def test_what_waits_is_counted():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("negatives", ["local", "global"])
 @pytest.mark.parametrize("stream", [STREAM, ALBEF], ids=["simla", "albef"])
-def test_a_step_never_waits_for_the_device(stream: StreamConfig, negatives: str, dropout: float):
+def test_a_step_never_waits_for_the_device(stream: StreamConfig, negatives: Literal["local", "global"], dropout: float):
     stream = dataclasses.replace(stream, dropout=dropout)
-    task = make_task(run_config("fast", stream, itm=MatchingConfig(negatives=negatives)))  # type: ignore[arg-type]
+    task = make_task(run_config("fast", stream, itm=MatchingConfig(negatives=negatives)))
     batch = make_batch(LENGTHS)
     with CountWaits() as waits:
         result = task(batch, alpha=0.4)

@@ -1,7 +1,7 @@
 """A model small enough to run in milliseconds, with weights large enough that every part of it matters."""
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,17 +47,17 @@ def model_config(stream: StreamConfig = STREAM) -> ModelConfig:
 
 
 def run_config(
-    passes: str = "fast",
+    passes: Literal["fast", "plain"] = "fast",
     stream: StreamConfig = STREAM,
     only: str = "",
-    teacher: TeacherConfig = TeacherConfig(),  # noqa: B008  frozen
-    **objectives: object,
+    teacher: TeacherConfig = TeacherConfig(),  # noqa: B008  frozen, so all calls may share one
+    **objectives: Any,
 ) -> Config:
     """Return a run's configuration; keywords go to ObjectivesConfig (itc is given a queue of 8 unless named).
 
     `only` switches all objectives but one off.
     """
-    chosen = ObjectivesConfig(**{"itc": ContrastiveConfig(queue_size=QUEUE), **objectives})  # type: ignore[arg-type]
+    chosen = ObjectivesConfig(**{"itc": ContrastiveConfig(queue_size=QUEUE), **objectives})
     if only:
         off = {name: replace(getattr(chosen, name), weight=0.0) for name in chosen.enabled if name != only}
         chosen = replace(chosen, **off)
@@ -65,7 +65,7 @@ def run_config(
         model=model_config(stream),
         objectives=chosen,
         teacher=teacher,
-        train=TrainConfig(batch_size=4, passes=passes),  # type: ignore[arg-type]
+        train=TrainConfig(batch_size=4, passes=passes),
     )
 
 

@@ -263,8 +263,8 @@ def annotated(rows: Annotations, processor: SimlaProcessor, batch_size: int = 16
 
     Batches have batch_size pictures with all their captions. ValueError names a picture that cannot be read.
     """
-    captions: dict[Any, list[str]] = defaultdict(list)
-    first: dict[Any, str] = {}
+    captions: dict[str, list[str]] = defaultdict(list)
+    first: dict[str, str] = {}
     for row in rows.entries:
         captions[row["image_id"]].append(row["caption"])
         first.setdefault(row["image_id"], row["image"])

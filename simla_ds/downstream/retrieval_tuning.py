@@ -56,7 +56,7 @@ class Retrieval(Downstream):
     def rows(self, annotations: Annotations) -> Annotations:
         """Return an entry for each caption."""
         rows = [
-            {"image": entry["image"], "caption": caption, "image_id": _known(entry.get("image_id"), entry["image"])}
+            {"image": entry["image"], "caption": caption, "image_id": _identity(entry)}
             for entry in annotations.entries
             for caption in _captions(entry)
         ]
@@ -72,7 +72,7 @@ class Retrieval(Downstream):
 
     def fields(self, entry: Entry) -> dict[str, Any]:
         """Return a number that captions of one picture share."""
-        return {"image_id": stable_hash(str(entry["image_id"]))}
+        return {"image_id": stable_hash(entry["image_id"])}
 
     def collate(self, fields: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return `image_id` (B,) int64."""
@@ -119,9 +119,10 @@ class Retrieval(Downstream):
         return {**found, "r_mean": (found["txt_r_mean"] + found["img_r_mean"]) / 2, "captions": len(ranks)}
 
 
-def _known(given: Any, otherwise: str) -> Any:
-    """Return an optional key's value; null is as if it were not there."""
-    return otherwise if given is None else given
+def _identity(entry: Entry) -> str:
+    """Return what captions of one picture share: 7 and "7" are one id, and null is none."""
+    given = entry.get("image_id")
+    return entry["image"] if given is None else str(given)
 
 
 def _captions(entry: Entry) -> list[Any]:

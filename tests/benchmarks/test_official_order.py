@@ -1,5 +1,7 @@
 """The baseline computes what the project computes in `official` fidelity."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ def recorded_draws() -> Batch:
 
 
 @pytest.mark.parametrize("passes", ["fast", "plain"])
-def test_losses_and_gradients_are_the_projects(passes: str):
+def test_losses_and_gradients_are_the_projects(passes: Literal["fast", "plain"]):
     batch, runs = recorded_draws(), []
     for order in ("ours", "official"):
         task = make_task(run_config(passes, STREAM, fidelity="official"))

@@ -22,7 +22,7 @@ def test_an_entry_is_drawn_for_otherwise_in_each_epoch_and_alike_at_each_try(tmp
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     config = FinetuneConfig(task="retrieval", train=TrainConfig(batch_size=2))
     entries = [{"image": "a.png", "caption": "a dog", "image_id": n} for n in range(3)]
-    annotations = Annotations("entries", entries, FolderPictures(tmp_path))
+    annotations = Retrieval().rows(Annotations("entries", entries, FolderPictures(tmp_path)))
     maker = ExampleMaker(config, Retrieval(), TextTokenizer(tmp_path / "words"), train=True)
     dataset = ExampleDataset(annotations, maker, EpochOrder([3], 1, 0), 0)
 

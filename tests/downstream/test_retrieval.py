@@ -295,7 +295,7 @@ def test_captions_of_a_picture_may_stand_in_rows_of_their_own(model_folder, anno
     ]
     rows += [
         {"image": "2.png", "caption": "a square", "image_id": 7},
-        {"image": "1.png", "caption": "b", "image_id": 7},
+        {"image": "1.png", "caption": "b", "image_id": "7"},
     ]
     lines = annotations.with_suffix(".jsonl")
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))

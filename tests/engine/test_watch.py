@@ -1,7 +1,7 @@
 """Shares of the gradient, without an engine: what is measured doesn't depend on how passes are run."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -9,7 +9,7 @@ from simla_ds.engine.watch import Watch
 from tests.tiny import make_batch, make_task, run_config
 
 
-def shares(passes: str, only: str = "") -> dict[str, float]:
+def shares(passes: Literal["fast", "plain"], only: str = "") -> dict[str, float]:
     config = run_config(passes, only=only)
     engine: Any = SimpleNamespace(device="cpu", zero_optimization_stage=lambda: 0)
     tokenizers: Any = SimpleNamespace(vocabulary_size=20)

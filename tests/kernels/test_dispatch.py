@@ -109,12 +109,12 @@ def test_a_verdict_is_kept_by_card_version_and_source(tmp_path: Path, monkeypatc
     self_check.objection.cache_clear()
 
 
-def test_another_users_cache_costs_a_check_and_no_more(monkeypatch: pytest.MonkeyPatch):
+def test_another_users_cache_costs_a_check_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def read_text(self: Path, **_: Any) -> str:
         raise PermissionError(self)
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert self_check._read(Path("/root/.cache/simla_kernels/self_check.json")) == {}
+    assert self_check._read(tmp_path / "self_check.json") == {}
 
 
 def test_a_verdict_that_cannot_be_kept_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
