@@ -62,12 +62,16 @@ class FusedAdamW:
         self.inner = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
 
     def step(self) -> None:
-        """Update the parameters and forget their gradients."""
+        """Update the parameters and forget their gradients. Masters' stay in memory, as in DeepSpeed's flat buffers."""
         for parameter, master in self.masters.items():
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            if parameter.grad is None or master.grad is None:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+            else:
+                master.grad.copy_(parameter.grad)
             parameter.grad = None
         self.inner.step()
-        self.inner.zero_grad()
+        if not self.masters:
+            self.inner.zero_grad()
         for parameter, master in self.masters.items():
             parameter.data.copy_(master)
 

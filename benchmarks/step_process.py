@@ -20,7 +20,7 @@ import torch
 from benchmarks.agreement import largest_difference
 from benchmarks.counting import Operations, saved_for_backward
 from benchmarks.official_order import OfficialOrder
-from benchmarks.peak_memory import peak_mib, restart_peak
+from benchmarks.peak_memory import kept_environment, peak_mib, restart_peak
 from benchmarks.step_contenders import ALPHA, BUILD, Contender, Ours
 from benchmarks.step_sizes import SIZES, changed, make_batch, make_task, with_negatives
 from benchmarks.timing import Clock
@@ -43,7 +43,7 @@ class ContenderProcess:
     def __init__(self, name: str, size: str, precision: str, clock: str, device: torch.device):
         command = [sys.executable, "-m", "benchmarks.step_process", name, size, precision, clock, device.type]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe)
+        self.process = subprocess.Popen(command, cwd=ROOT, env=kept_environment(), text=True, stdin=pipe, stdout=pipe)
 
     def ask(self, command: str) -> dict[str, Any]:
         """Send a command and return the answer. RuntimeError when the process ended instead."""

@@ -21,6 +21,8 @@ from simla_kernels.dropout import as_seed, keep_mask, philox_uniform
 aten = torch.ops.aten
 LONG_ROW = 128
 """Keys, or queries, from which SDPA's flash path beats matmul-softmax-matmul on a CPU in fp32 (measured at 257)."""
+SHORT_ROW = 64
+"""Keys below which bf16's softmax is taken in fp32 on a CPU: PyTorch's own needs twice the time for 25 of them."""
 HEAD_SIZES = range(16, 129)
 """Of Triton's kernels."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,7 +130,7 @@ def _attend(
         q, bias = _for_flash(q, mask)
         out, state = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
         return _by_token(out), state.contiguous(), row
-    weights = _weights(q, k, mask)
+    weights = _weights(q, k, mask).to(q.dtype)
     if not p:
         return weights @ v, _no_row(q), row
     return ((weights * keep_mask(seed, weights, p)) @ v).div_(1 - p), _no_row(q), row
@@ -156,12 +158,13 @@ def _torch_backward(
         scale = q.shape[-1] ** -0.5
         dout = dout / (1 - p) if p else dout.contiguous()  # read twice: copied for each product otherwise
         weights = _weights(q, k, mask)  # again: kept from forward they would outweigh everything else
-        dweights, kept = dout @ v.transpose(-1, -2), weights
+        dweights, kept = dout @ v.transpose(-1, -2), weights.to(q.dtype)
         if p:
-            keep = keep_mask(seed, weights, p)
-            kept, dweights = weights * keep, dweights.mul_(keep)
+            keep = keep_mask(seed, kept, p)
+            kept, dweights = kept * keep, dweights.mul_(keep)
         dv = kept.transpose(-1, -2) @ dout
-        dscores = aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        exact = weights.dtype
+        dscores = aten._softmax_backward_data(dweights.to(exact), weights, -1, exact).to(q.dtype)
         if mask is not None:  # a row without visible keys: its weights do not depend on its scores
             dscores.masked_fill_(~mask.any(-1)[:, None, None, None], 0.0)
         dq = (dscores @ k).mul_(scale)
@@ -171,10 +174,12 @@ def _torch_backward(
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the softmax, in fp32 for short rows of bf16."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores.masked_fill_(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
-    return scores.softmax(-1)  # in half precision PyTorch still sums in fp32
+    short = half.on_units(scores) and scores.shape[-1] < SHORT_ROW
+    return scores.softmax(-1, dtype=torch.float32 if short else None)  # sums are fp32 either way
 
 
 def _read_by(index: Tensor | None, t: Tensor) -> Tensor:

@@ -12,13 +12,17 @@ from torch import Tensor
 def operand_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that a matrix is multiplied in."""
     half = x.dtype in (torch.bfloat16, torch.float16)
-    on_cpu_without = x.device.type == "cpu" and not (x.dtype == torch.bfloat16 and has_bf16_units())
-    return torch.float32 if half and on_cpu_without else x.dtype
+    return torch.float32 if half and x.device.type == "cpu" and not on_units(x) else x.dtype
 
 
 def operand(x: Tensor) -> Tensor:
     """Return a matrix in the dtype that it is multiplied in."""
     return x.to(operand_dtype(x))
+
+
+def on_units(x: Tensor) -> bool:
+    """Whether a tensor is bf16 on a CPU that multiplies bf16 natively."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and has_bf16_units()
 
 
 @cache

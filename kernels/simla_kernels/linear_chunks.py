@@ -149,7 +149,7 @@ def exact(dtype: torch.dtype) -> torch.dtype:
 def weight_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield (classes, their rows of the weight as an operand): all at once, or CPU_BLOCK at a time in fp32 on a CPU."""
     classes = weight.shape[0]
-    blocked = weight.device.type == "cpu" and not (weight.dtype == torch.bfloat16 and half.has_bf16_units())
+    blocked = weight.device.type == "cpu" and not half.on_units(weight)
     step = CPU_BLOCK if blocked else classes
     for start in range(0, classes, step):
         part = slice(start, min(start + step, classes))
@@ -251,6 +251,8 @@ def weight_gradient(dz: Tensor, h: Tensor, by: Tensor) -> Tensor:
     with half.without_autocast(h.device):
         if factor.dtype == total.dtype:
             return product(dz.t(), factor * by, out=total).to(h.dtype)
+        if half.on_units(factor):  # whose products are rounded to bf16 anyway
+            return dz.t() @ (factor * by)
         by = by / FP16_SCALE if dz.dtype == torch.float16 else by
         return torch.mul(product(dz.t(), factor, out=total), by, out=torch.empty_like(total, dtype=h.dtype))
 
