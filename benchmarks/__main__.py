@@ -10,6 +10,7 @@ BENCHMARKS = {
     "compilation": "what compilers make of them",
     "step": "a whole training step against the published order and FLAVA",
     "growth": "how a step's cost grows with batch, length, resolution, queue, depth and width",
+    "precision": "loss curves in bf16 against fp32, over seeds",
     "data": "from JPEGs to training views, against the published pipeline, webdataset and decoding alone",
     "memory": "what `simla plan` computes against what the real trainer holds",
     "communication": "what ZeRO-0 and ZeRO-3 send in a step, counted and planned, and their speed",

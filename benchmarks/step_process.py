@@ -32,8 +32,8 @@ from simla_kernels.half import has_bf16_units
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = {"cpu": (2048, 768, 3072), "cuda": (8192, 8192, 8192)}
 """The matrix product whose rate a step is held against; on a card large enough that its launch does not count."""
-WARM_UP = {"cpu": 1, "cuda": 3}
-"""Steps: on a card the first compiles kernels, and the allocator settles with the next."""
+WARM_UP = {"cpu": 2, "cuda": 3}
+"""Steps: on a card the first compiles kernels, and the allocator settles with the next, as it does on a CPU."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
