@@ -13,7 +13,7 @@ BENCHMARKS = {
     "precision": "loss curves in bf16 against fp32, over seeds",
     "data": "from JPEGs to training views, against the published pipeline, webdataset and decoding alone",
     "memory": "what `simla plan` computes against what the real trainer holds",
-    "communication": "what ZeRO-0 and ZeRO-3 send in a step, counted and planned, and their speed",
+    "communication": "what ZeRO stages send in a step, counted and planned, and what stages and ranks cost",
     "rerank": "retrieval's re-ranking by ITM against every layer anew for each pair, and its memory",
     "tasks": "what the downstream tasks learn on scenes: pretrained, from scratch, one input blanked",
     "data_efficiency": "what objective sets learn from fractions of the data",

@@ -1,8 +1,8 @@
-"""What ZeRO-0 and ZeRO-3 send in a step, and how fast each is beside the other: `python -m benchmarks communication`.
+"""What each ZeRO stage sends in a step, and what stages and ranks cost: `python -m benchmarks communication`.
 
-Two ranks on this machine's CPU train scenes_tiny under both in turns. Bytes are counted where collectives reach c10d,
-as a ring sends them; beside them stands what `simla plan` computes. Seconds are a ratio of medians: both wait for the
-same machine, and its memory is the network.
+One rank and two on this machine's CPU train scenes_tiny, as many pairs each, under all stages in turns. Bytes are
+counted where collectives reach c10d, as a ring sends them; beside them stands what `simla plan` computes. Seconds are
+medians: all wait for the same machine, and its memory is the network.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from benchmarks.command import conclude, new_result
 from benchmarks.launching import ROOT, launch
 from benchmarks.timing import Clock, environment, turns
 
-RANKS = 2
-STAGES = (0, 3)
+RANKS = (1, 2)
+STAGES = (0, 1, 2, 3)
 KINDS = {
     "allreduce_": ("gradients and sums reduced everywhere", 2.0),
     "allreduce_coalesced_": ("gradients and sums reduced everywhere", 2.0),
@@ -106,18 +106,31 @@ def measure(scenes: str, out: Path, steps: int) -> None:
     finish()
 
 
-def table(found: dict[str, Any]) -> Iterable[str]:
-    """Yield Markdown lines."""
-    yield "| layout | sent by a rank and step: counted, MB | by plan, MB | a step, median s |"
-    yield "|---|---|---|---|"
-    for stage, one in found.items():
-        parts = ", ".join(f"{kind} {number / 1e6:.2f}" for kind, number in sorted(one["sent"].items()) if number > 5e3)
-        planned = ", ".join(f"{kind} {number / 1e6:.2f}" for kind, number in one["planned"].items() if number)
-        total, by_plan = (sum(one[what].values()) / 1e6 for what in ("sent", "planned"))
-        seconds = statistics.median(one["seconds"])
-        yield f"| ZeRO-{stage} | {total:.2f}: {parts} | {by_plan:.2f}: {planned} | {seconds:.3f} |"
-    medians = [statistics.median(one["seconds"]) for one in found.values()]
-    yield f"\nThroughput of ZeRO-3 over ZeRO-0: {medians[0] / medians[1]:.2f}, steps in turns on one machine."
+def table(found: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """Yield Markdown lines; found: by ranks and stage."""
+    head = (
+        "layout",
+        "ranks",
+        "sent by a rank and step: counted, MB",
+        "by plan, MB",
+        "a step, s",
+        "of ZeRO-0's pairs/s",
+    )
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for ranks, stages in found.items():
+        fastest = statistics.median(stages[str(STAGES[0])]["seconds"])
+        for stage, one in stages.items():
+            parts = ", ".join(f"{kind} {count / 1e6:.2f}" for kind, count in sorted(one["sent"].items()) if count > 5e3)
+            planned = ", ".join(f"{kind} {count / 1e6:.2f}" for kind, count in one["planned"].items() if count)
+            total, by_plan = (sum(one[what].values()) / 1e6 for what in ("sent", "planned"))
+            seconds = statistics.median(one["seconds"])
+            yield (
+                f"| ZeRO-{stage} | {ranks} | {total:.2f}{': ' * bool(parts)}{parts} | {by_plan:.2f}"
+                f"{': ' * bool(planned)}{planned} | {seconds:.3f} | {fastest / seconds:.2f} |"
+            )
+    one, more = (statistics.median(found[str(ranks)][str(STAGES[0])]["seconds"]) for ranks in RANKS)
+    yield f"\nPairs per second of {RANKS[1]} ranks over {RANKS[0]}, ZeRO-0: {RANKS[1] * one / more:.2f}."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,11 +148,14 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare_scenes(folder / "scenes", train=64, shard_size=20, splits={"val": 8}, workers=1, progress=False)
-        out = folder / "found.json"
-        launch("benchmarks.communication", RANKS, str(folder / "scenes" / "train"), str(out), str(arguments.steps))
-        found = json.loads(out.read_text())
-    result = new_result("communication", found["environment"], ranks=RANKS, stages=found["stages"])
-    return conclude(result, "\n".join(table(found["stages"])), arguments.json)
+        found: dict[str, dict[str, Any]] = {}
+        where: dict[str, Any] = {}
+        for ranks in RANKS:
+            out = folder / f"found_{ranks}.json"
+            launch("benchmarks.communication", ranks, str(folder / "scenes" / "train"), str(out), str(arguments.steps))
+            content = json.loads(out.read_text())
+            where, found[str(ranks)] = content["environment"], content["stages"]
+    return conclude(new_result("communication", where, stages_by_ranks=found), "\n".join(table(found)), arguments.json)
 
 
 if __name__ == "__main__":  # a rank

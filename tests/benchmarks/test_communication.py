@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.communication import RANKS, Sent, table
+from benchmarks.communication import RANKS, STAGES, Sent, table
 from benchmarks.launching import launch
 from tests.engine.runs import scenes
 
@@ -29,13 +29,23 @@ def test_a_ring_of_one_sends_nothing_and_of_four_three_quarters(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.launcher
-def test_a_step_sends_what_the_plan_says(tmp_path: Path):
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_step_sends_what_the_plan_says(tmp_path: Path, ranks: int):
     out = tmp_path / "found.json"
-    launch("benchmarks.communication", RANKS, str(scenes(tmp_path)), str(out), "1")
+    launch("benchmarks.communication", ranks, str(scenes(tmp_path)), str(out), "1")
     content = json.loads(out.read_text())
     found, where = content["stages"], content["environment"]
     assert (where["device"], where["threads"]) == ("cpu", int(os.environ["OMP_NUM_THREADS"]))
     for stage, one in found.items():
         counted, planned = sum(one["sent"].values()), sum(one["planned"].values())
         assert counted == pytest.approx(planned, rel=0.05), (stage, one)
-    assert "Throughput of ZeRO-3 over ZeRO-0" in "\n".join(table(found))
+
+
+def test_the_table_compares_stages_and_ranks():
+    one = {"sent": {"gathered": 2_000_000}, "planned": {"weights": 1_000_000}}
+    found = {
+        str(ranks): {str(stage): {**one, "seconds": [ranks * (stage + 1.0)]} for stage in STAGES} for ranks in RANKS
+    }
+    lines = list(table(found))
+    assert "| ZeRO-3 | 2 | 2.00: gathered 2.00 | 1.00: weights 1.00 | 8.000 | 0.25 |" in lines
+    assert lines[-1].endswith("ZeRO-0: 1.00.")

@@ -1,8 +1,12 @@
 """The image encoder against plain tensor functions in float64."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from simla_ds.model.vision import ImageEncoder
@@ -131,3 +135,32 @@ def test_a_mask_that_hides_more_than_its_aim_leaks_nothing(encoder: ImageEncoder
     other = image.clone()
     other[:, :, :8] = 7.0  # the first three patches, all hidden
     torch.testing.assert_close(encoder(other, mask), encoder(image, mask))
+
+
+def test_half_precision_on_a_cpu_attends_and_learns_as_float32_does():
+    """There attention is the project's own: SDPA's backward is slow in half precision."""
+    torch.manual_seed(0)
+    exact = ImageEncoder(VISION)
+    spread_weights(exact)
+    half = copy.deepcopy(exact).bfloat16()
+    exact.load_state_dict(half.state_dict())  # the same rounded weights
+    images, found = make_images(24).bfloat16(), []
+    for model in (exact, half):
+        tokens = model(images.to(model.mask_token.dtype))
+        tokens.float().square().mean().backward()
+        block = model.blocks[0]
+        assert isinstance(block, Block)
+        found.append([tokens, *(weight.grad for weight in (block.attn.qkv.weight, block.attn.proj.weight))])
+    for wanted, got in zip(*found, strict=True):
+        assert (got.float() - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_timm_sees_to_masks_in_half_precision_too():
+    block = ImageEncoder(VISION).bfloat16().blocks[0]
+    assert isinstance(block, Block)
+    x = torch.randn(2, 5, VISION.width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    by_timm = Attention.forward(block.attn, x, attn_mask=causal)
+    torch.testing.assert_close(block.attn(x, attn_mask=causal), by_timm, atol=0, rtol=0)
+    torch.testing.assert_close(block.attn(x, attn_mask=None, is_causal=True), by_timm, atol=0.02, rtol=0.02)
+    assert (block.attn(x) - by_timm).abs().max() > 0.01
