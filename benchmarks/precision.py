@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // arguments.jobs)
     runs = [(precision, seed) for seed in arguments.seeds for precision in precisions]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        trained = pool.map(lambda run: train(*run, arguments.steps, work, threads), runs)
+        trained = pool.map(lambda run: train(run[0], run[1], arguments.steps, work, threads), runs)
         curves = dict(zip(runs, trained, strict=True))
     found = compare(curves, arguments.precision)
     if arguments.plot:

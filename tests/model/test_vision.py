@@ -137,6 +137,13 @@ def test_a_mask_that_hides_more_than_its_aim_leaks_nothing(encoder: ImageEncoder
     torch.testing.assert_close(encoder(other, mask), encoder(image, mask))
 
 
+def first_attention(encoder: ImageEncoder) -> Attention:
+    block = encoder.blocks[0]
+    assert isinstance(block, Block)
+    assert isinstance(block.attn, Attention)
+    return block.attn
+
+
 def test_half_precision_on_a_cpu_attends_and_learns_as_float32_does():
     """There attention is the project's own: SDPA's backward is slow in half precision."""
     torch.manual_seed(0)
@@ -148,19 +155,17 @@ def test_half_precision_on_a_cpu_attends_and_learns_as_float32_does():
     for model in (exact, half):
         tokens = model(images.to(model.mask_token.dtype))
         tokens.float().square().mean().backward()
-        block = model.blocks[0]
-        assert isinstance(block, Block)
-        found.append([tokens, *(weight.grad for weight in (block.attn.qkv.weight, block.attn.proj.weight))])
+        attention = first_attention(model)
+        found.append([tokens, attention.qkv.weight.grad, attention.proj.weight.grad])
     for wanted, got in zip(*found, strict=True):
         assert (got.float() - wanted).norm() < 0.03 * wanted.norm()
 
 
 def test_timm_sees_to_masks_in_half_precision_too():
-    block = ImageEncoder(VISION).bfloat16().blocks[0]
-    assert isinstance(block, Block)
+    attention = first_attention(ImageEncoder(VISION).bfloat16())
     x = torch.randn(2, 5, VISION.width, generator=torch.Generator().manual_seed(0)).bfloat16()
     causal = torch.ones(5, 5, dtype=torch.bool).tril()
-    by_timm = Attention.forward(block.attn, x, attn_mask=causal)
-    torch.testing.assert_close(block.attn(x, attn_mask=causal), by_timm, atol=0, rtol=0)
-    torch.testing.assert_close(block.attn(x, attn_mask=None, is_causal=True), by_timm, atol=0.02, rtol=0.02)
-    assert (block.attn(x) - by_timm).abs().max() > 0.01
+    by_timm = Attention.forward(attention, x, attn_mask=causal)
+    torch.testing.assert_close(attention(x, attn_mask=causal), by_timm, atol=0, rtol=0)
+    torch.testing.assert_close(attention(x, attn_mask=None, is_causal=True), by_timm, atol=0.02, rtol=0.02)
+    assert (attention(x) - by_timm).abs().max() > 0.01
