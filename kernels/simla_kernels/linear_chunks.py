@@ -181,7 +181,10 @@ def _logits(h: Tensor, weight: Tensor, aligned: bool) -> Tensor:
 
 def _rows_of(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, aligned: bool) -> Tensor:
     columns = padded(shape[1]) if aligned else shape[1]
-    return torch.empty(shape[0], columns, dtype=dtype, device=device)[:, : shape[1]]
+    rows = torch.empty(shape[0], columns, dtype=dtype, device=device)
+    if device.type == "cpu":  # PyTorch's products with AMX read what lies behind a row, and NaN times zero is NaN
+        rows[:, shape[1] :] = 0
+    return rows[:, : shape[1]]
 
 
 def padded(columns: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from simla_ds.config import Config
 from simla_ds.planner.shape import StepShape
+from simla_kernels.half import has_bf16_units
 
 STATISTICS = 8
 """Bytes of LayerNorm's mean and reciprocal deviation of a row, in float32."""
@@ -66,7 +67,9 @@ def activations(config: Config, shape: StepShape, size: int, *, padded: bool, ch
         depths = [depth for depth, *_ in passes]
         stacks = config.model.vision.layers * block
         stacks += sum((d - 1) * one + end for d, one, end in zip(depths, inner, last, strict=True))
-    return Activations(stacks, _inputs(config, shape, size, padded), _heads(config, shape), max(block, *inner))
+    operand = 4 if padded and not has_bf16_units() else size  # such a CPU multiplies half precision in float32
+    heads = _heads(config, shape, operand)
+    return Activations(stacks, _inputs(config, shape, size, padded), heads, max(block, *inner))
 
 
 def _block(config: Config, tokens: float, size: int) -> float:
@@ -91,9 +94,14 @@ def _inputs(config: Config, shape: StepShape, size: int, padded: bool) -> float:
     )
 
 
-def _heads(config: Config, shape: StepShape) -> float:
-    """Gradients of the heads' weights and inputs, float32; of a few rows those of the logits instead (keeps_dz)."""
+def _heads(config: Config, shape: StepShape, operand: int) -> float:
+    """Gradients of the heads' weights and inputs, float32; of a few rows those of the logits instead (keeps_dz), in the
+    dtype that they are multiplied in."""
     model = config.model
     width, words, codes = model.stream.width, model.vocabulary.size, model.vocabulary.visual_size
     heads = ((shape.labelled, width, words), (shape.masked, width, codes), (shape.pairs, model.projection_size, words))
-    return 4 * sum(classes * min(rows, inner) + rows * inner + classes for rows, inner, classes in heads)
+    total = 0.0
+    for rows, inner, classes in heads:
+        total += operand * classes * rows if rows < inner else 4 * classes * inner
+        total += 4 * (rows * inner + classes)
+    return total
