@@ -289,8 +289,8 @@ def make_recording(folder: Path, seed: int = 1, **changes: Any) -> list[dict[str
 )
 def test_a_recording_of_other_sizes_verifies(changes: dict[str, Any], tmp_path: Path):
     make_recording(tmp_path / "recording", **changes)
-    # 12 post-LN layers of weights of order one leave the last layer's queries 3e-5 of the largest gradient: the order in
-    # which a CPU adds shows there
+    # 12 post-LN layers of weights of order one leave the last layer's queries 3e-5 of the largest gradient: the order
+    # in which a CPU adds shows there
     tolerance = 3e-4 if changes.get("bert_layers") == 12 else 1e-4
     verdict, rows = compare(tmp_path / "recording", tmp_path, tolerance=tolerance)
     assert verdict, [row for row in rows.values() if not row["holds"]]

@@ -170,6 +170,11 @@ def _check_offload(zero: dict[str, Any], where: str) -> bool:
                 f"{where}: zero_optimization.{key}.device is nvme, which is not supported: the teacher and checkpoints "
                 'read weights where they lie; write "cpu"'
             )
+        if isinstance(section, dict) and section.get("ratio", 1) != 1:
+            raise ValueError(
+                f"{where}: zero_optimization.{key}.ratio={section['ratio']} is not supported: DeepSpeed 0.19 steps the "
+                "rest with a second AdamW, whose learning rate no schedule reaches; write 1 or remove it"
+            )
         if devices[key] != "none" and zero["stage"] < least:
             raise ValueError(
                 f"{where}: zero_optimization.{key} needs stage >= {least}, got stage {zero['stage']}; "

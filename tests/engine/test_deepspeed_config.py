@@ -124,6 +124,10 @@ def test_a_different_value_is_refused_with_both(settings, words):
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, ["round_robin_gradients"]),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["offload_param", "nvme", "cpu"]),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, ["nvme", "the teacher", "cpu"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}},
+            ["offload_optimizer.ratio=0.3", "second AdamW", "write 1"],
+        ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["stage >= 3", "stage 2"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["stage >= 1", "stage 0"]),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, ["zero_hpz_partition_size=8", "4 rank(s)"]),
