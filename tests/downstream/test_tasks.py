@@ -169,8 +169,8 @@ def test_the_loss_weighs_each_answer_by_how_many_gave_it(tokenizer):
             wanted -= weight * by_hand(network, question_of(network, row), tokenizer.encode(answer)[0]).sum().item()
     assert task.loss(network, network, batch, 0.0).item() == pytest.approx(wanted / 3, rel=1e-5)
     # a teacher that is the student: its cross-entropy is its entropy, not what the labels cost
-    assert float(task.loss(network, network, batch, 0.4)) != pytest.approx(wanted / 3, rel=1e-3)
-    assert float(Vqa(tokenizer, official=True).loss(network, network, batch, 0.4)) == pytest.approx(
+    assert task.loss(network, network, batch, 0.4).item() != pytest.approx(wanted / 3, rel=1e-3)
+    assert Vqa(tokenizer, official=True).loss(network, network, batch, 0.4).item() == pytest.approx(
         wanted / 3, rel=1e-5
     )
 
