@@ -23,6 +23,8 @@ from benchmarks.launching import ROOT, launcher
 
 RECIPE = ROOT / "launch" / "recipes" / "scenes_tiny.yaml"
 EXACT = "fp32"
+BATCH = 32
+"""Pairs of a step, the recipe's."""
 LOG_EVERY = 10
 """Steps whose losses are meaned into one point of a curve."""
 Curves = dict[str, list[float]]
@@ -37,7 +39,8 @@ def train(precision: str, seed: int, steps: int, work: Path, threads: int) -> Cu
             *launcher(1),
             *("launch/pretrain.py", "--deepspeed", "ds_configs/zero1.json", "--config", str(RECIPE)),
             *("--output", str(out), "--resume", "auto", "--data.scenes_dir", str(work / "scenes")),
-            *("--train.precision", precision, "--train.seed", str(seed), "--train.samples", str(32 * steps)),
+            *("--train.precision", precision, "--train.seed", str(seed)),
+            *("--train.batch_size", str(BATCH), "--train.samples", str(BATCH * steps)),
             *("--train.log_every", str(LOG_EVERY), "--train.diagnose_every", "0", "--eval.every", "0"),
             *("--data.workers", "0", "--train.checkpoint_every", str(max(1, steps // 4))),
         ]
@@ -118,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         "--work", type=Path, required=True, metavar="DIR", help="runs and scenes, kept for the next try"
     )
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16", help="against fp32 (default: bf16)")
-    parser.add_argument("--steps", type=int, default=1000, help="of 32 pairs (default: 1000)")
+    parser.add_argument("--steps", type=int, default=1000, help=f"of {BATCH} pairs (default: 1000)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, which share the cores (default: 1)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the curves")
@@ -134,9 +137,13 @@ def main(argv: list[str] | None = None) -> int:
     prepare_scenes(work / "scenes", train=20_000)
     threads = max(1, len(os.sched_getaffinity(0)) // arguments.jobs)
     runs = [(precision, seed) for seed in arguments.seeds for precision in precisions]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        trained = pool.map(lambda run: train(run[0], run[1], arguments.steps, work, threads), runs)
-        curves = dict(zip(runs, trained, strict=True))
+    try:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            trained = pool.map(lambda run: train(run[0], run[1], arguments.steps, work, threads), runs)
+            curves = dict(zip(runs, trained, strict=True))
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
     found = compare(curves, arguments.precision)
     if arguments.plot:
         draw(curves, arguments.plot)

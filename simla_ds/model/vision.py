@@ -32,10 +32,9 @@ class _Attention(Attention):
 
     def forward(self, x: Tensor, **masks: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  by name
         """(B, N, D) to (B, N, D). Masks are timm's business."""
-        if (
-            x.device.type != "cpu"
-            or x.dtype not in (torch.bfloat16, torch.float16)
-            or any(m is not None and m is not False for m in masks.values())
+        half_on_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+        if not (half_on_cpu and self.fused_attn) or any(
+            mask is not None and mask is not False for mask in masks.values()
         ):
             return super().forward(x, **masks)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
