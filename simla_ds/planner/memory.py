@@ -153,7 +153,7 @@ def plan_memory(
     Args:
         config: model, queue, checkpointing. shape: its micro-batch.
         zero: stage and buckets. ranks: n. size: bytes of a number in the training dtype.
-        parameters: counted. cpu: trained on a CPU, whose attention pads and whose heads have smaller chunks.
+        parameters: counted. cpu: trained on a CPU, whose attention pads and whose heads have smaller chunks, over gloo.
     """
     whole, share = float(parameters.total), parameters.total / (ranks if zero.stage else 1)
     kept = activations(config, shape, size, padded=cpu, checkpointing=config.train.activation_checkpointing)
@@ -176,6 +176,8 @@ def plan_memory(
         gradients = _Gradients(0.0, 0.0, 0.0, gradients.bucket)
     if zero.offload_param:
         away += ["weights"]
+    # the teacher's share, what is gathered of all of them, and on a CPU gloo's own copy of that
+    copies = 1 / ranks + 1 + cpu if zero.stage in (1, 2) and ranks > 1 else 0.0
     live = min(whole, zero.live + zero.gather_bucket) if zero.stage == 3 and ranks > 1 else 0.0
     return Memory(
         parts={name: value for name, value in parts.items() if name not in away and value},
@@ -185,7 +187,7 @@ def plan_memory(
         gathered=size * live,
         buckets=gradients.bucket,
         step=gradients.step,
-        refresh=size * min(whole, TEACHER_BUCKET) * (1 + 1 / ranks) if zero.stage in (1, 2) and ranks > 1 else 0.0,
+        refresh=size * min(whole, TEACHER_BUCKET) * copies,
         host=host + sum(parts[name] for name in away),
     )
 
