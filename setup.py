@@ -23,8 +23,8 @@ def version() -> str:
 
 # PyPI's `apex` is a Pyramid web toolkit, not NVIDIA Apex: it must never appear below.
 CORE = [
-    "torch>=2.8",
-    "torchvision>=0.23",  # timm imports it; its release must match torch's
+    "torch>=2.11",  # torch.cpu.get_capabilities
+    "torchvision>=0.26",  # timm imports it; its release must match torch's
     "transformers>=5.0,<6",
     "timm>=1.0.24,<1.1",
     "webdataset>=1.0,<2",

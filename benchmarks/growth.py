@@ -21,7 +21,7 @@ from benchmarks import cost_model
 from benchmarks.command import add_timing, conclude, new_result, parse_timing
 from benchmarks.step_contenders import Ours
 from benchmarks.step_process import count, count_bytes, warm_up
-from benchmarks.step_sizes import COCO_TOKENS, SIZES, changed, make_batch
+from benchmarks.step_sizes import SIZES, changed, make_batch
 from benchmarks.timing import Clock, environment
 from simla_ds.config import Config
 from simla_ds.planner.operations import step_operations
@@ -127,7 +127,7 @@ def forecast(pairs: int = 64) -> dict[str, dict[str, float]]:
     (benchmarks.cost_model). No launch, no optimizer, no communication, no data.
     """
     config = changed(SIZES["full"], train__batch_size=pairs)
-    total = step_operations(config, StepShape.expected(config, COCO_TOKENS[0])) * cost_model.B / pairs
+    total = step_operations(config, StepShape.expected(config, float(cost_model.WORDS))) * cost_model.B / pairs
     fused = sum(work.calls * sum(p.flops for p in work.masked) for work in cost_model.WORK.values())
     result = {}
     for name, card in cost_model.CARDS.items():

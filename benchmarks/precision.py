@@ -1,8 +1,9 @@
 """Loss curves in bf16 against fp32: `python -m benchmarks precision --work DIR`.
 
 The default recipe (scenes_tiny) by the real training command, the same seeds in each precision: the same start weights
-and batches. A precision is within noise when its losses, meaned over seeds and the run's last half, are no farther from
-fp32's than fp32's seeds are from each other (their standard deviation). A run that is done is not run again.
+and batches. A precision is within noise when its losses, meaned over the run's last half, do not differ from fp32's by
+a paired t-test over the seeds, corrected for the number of losses (Holm). Beside it stands how far fp32's seeds are
+from each other. A run that is done by the same code is not run again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import conclude, new_result
+from benchmarks.data_efficiency.compare import CONFIDENCE, estimate, holm
+from benchmarks.data_efficiency.identity import code_hash
 from benchmarks.launching import ROOT, launcher
+from benchmarks.timing import environment
 
 RECIPE = ROOT / "launch" / "recipes" / "scenes_tiny.yaml"
 EXACT = "fp32"
@@ -33,7 +37,7 @@ Curves = dict[str, list[float]]
 
 def train(precision: str, seed: int, steps: int, work: Path, threads: int) -> Curves:
     """Train, unless this was done before, and return the curves. RuntimeError when the training fails."""
-    out = work / f"{precision}-{seed}-{steps}"
+    out = work / f"{precision}-{seed}-{steps}-{code_hash()}"
     if not (out / "final").is_dir():
         command = [
             *launcher(1),
@@ -44,9 +48,9 @@ def train(precision: str, seed: int, steps: int, work: Path, threads: int) -> Cu
             *("--train.log_every", str(LOG_EVERY), "--train.diagnose_every", "0", "--eval.every", "0"),
             *("--data.workers", "0", "--train.checkpoint_every", str(max(1, steps // 4))),
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        own = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with (work / f"{out.name}.log").open("a", encoding="utf-8") as log:
-            status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False).returncode
+            status = subprocess.run(command, cwd=ROOT, env=own, stdout=log, stderr=log, check=False).returncode
         if status:
             raise RuntimeError(f"{out.name} ended with status {status}; see {log.name}")
     print(f"{out.name}: done", file=sys.stderr, flush=True)
@@ -64,15 +68,19 @@ def compare(curves: Mapping[tuple[str, int], Curves], precision: str) -> dict[st
     found = {}
     for name in curves[EXACT, seeds[0]]:
         exact, other = ([_end(curves[of, seed][name]) for seed in seeds] for of in (EXACT, precision))
-        difference, deviation = statistics.fmean(other) - statistics.fmean(exact), statistics.stdev(exact)
+        differences = {seed: b - a for seed, a, b in zip(seeds, exact, other, strict=True)}
+        paired = estimate(differences)
+        assert paired is not None
         found[name] = {
             EXACT: statistics.fmean(exact),
             precision: statistics.fmean(other),
-            "difference": difference,
-            "difference_by_seed": [b - a for a, b in zip(exact, other, strict=True)],
-            "deviation_of_seeds": deviation,
-            "within_noise": abs(difference) <= deviation,
+            "difference": paired.mean,
+            "difference_by_seed": list(differences.values()),
+            "deviation_of_seeds": statistics.stdev(exact),
+            "p": paired.p_value,
         }
+    for of, p in zip(found.values(), holm([of["p"] for of in found.values()]), strict=True):
+        of |= {"p": p, "within_noise": p >= 1 - CONFIDENCE}
     return found
 
 
@@ -102,14 +110,14 @@ def draw(curves: Mapping[tuple[str, int], Curves], out: Path) -> None:
 def table(found: Mapping[str, Mapping[str, Any]], precision: str) -> str:
     """Return Markdown."""
     lines = [
-        f"| loss, last half | {EXACT} | {precision} | difference | seeds' deviation | |",
-        "|---|---|---|---|---|---|",
+        f"| loss, last half | {EXACT} | {precision} | difference | seeds' deviation | p (Holm) | |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, of in found.items():
         verdict = "within noise" if of["within_noise"] else "DIFFERENT"
         lines.append(
             f"| {name} | {of[EXACT]:.4f} | {of[precision]:.4f} | {of['difference']:+.4f} | "
-            f"{of['deviation_of_seeds']:.4f} | {verdict} |"
+            f"{of['deviation_of_seeds']:.4f} | {of['p']:.2g} | {verdict} |"
         )
     return "\n".join(lines)
 
@@ -140,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             trained = pool.map(lambda run: train(run[0], run[1], arguments.steps, work, threads), runs)
-            curves = dict(zip(runs, trained, strict=True))
+            curves = dict(zip(runs, trained, strict=True))  # the first failure cancels what has not begun
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
@@ -148,15 +156,20 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.plot:
         draw(curves, arguments.plot)
     objections = [
-        f"{name} in {arguments.precision} is {of['difference']:+.4f} from {EXACT}, whose seeds deviate by "
-        f"{of['deviation_of_seeds']:.4f}"
+        f"{name} in {arguments.precision} is {of['difference']:+.4f} from {EXACT} (p {of['p']:.2g}), whose seeds "
+        f"deviate by {of['deviation_of_seeds']:.4f}"
         for name, of in found.items()
         if not of["within_noise"]
     ]
     result = new_result(
-        "precision", precision=arguments.precision, steps=arguments.steps, seeds=arguments.seeds, losses=found,
+        "precision",
+        {**environment(), "threads": threads},
+        precision=arguments.precision,
+        steps=arguments.steps,
+        seeds=arguments.seeds,
+        losses=found,
         objections=objections,
-    )  # fmt: skip
+    )
     return conclude(result, table(found, arguments.precision), arguments.json)
 
 

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.data_efficiency.identity import code_hash
+from benchmarks.data_efficiency.rows import write_whole
 from benchmarks.timing import environment
 from simla_ds.downstream.config import FinetuneConfig
 from simla_ds.downstream.evaluation import evaluate_folder
@@ -179,7 +181,11 @@ def main(argv: list[str] | None = None) -> int:
                 f"{needed} is not there: --model takes a model folder, --scenes what `simla prepare scenes` made"
             )
     settings = {"samples": arguments.samples, "test_scenes": arguments.limit}
-    settings |= {"model": _hash(arguments.model / WEIGHTS), "scenes": _hash(arguments.scenes / "manifest.json")}
+    settings |= {
+        "code": code_hash(),
+        "model": _hash(arguments.model / WEIGHTS),
+        "scenes": _hash(arguments.scenes / "manifest.json"),
+    }
     stored: dict[str, Any] = {"benchmark": "tasks", **settings, "environment": {}, "results": {}}
     if arguments.json and arguments.json.is_file():
         stored = json.loads(arguments.json.read_text(encoding="utf-8"))
@@ -196,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         metric = make_task(job.task, None).metric
         print(f"{job.name}: {metric} {measured[metric]:.1f}, {measured['cpu_seconds']:.0f} CPU s", file=sys.stderr)
         if arguments.json:
-            arguments.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+            write_whole(arguments.json, json.dumps(stored, indent=1) + "\n")
     print(table(stored["results"]))
     return 0
 

@@ -40,7 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="where paths start (default: FILE's folder)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--rerank", type=int, default=128, metavar="K", help="candidates that ITM orders; 0: none (default: 128)"
+        "--rerank", type=int, metavar="K", help="retrieval: candidates that ITM orders; 0: none (default: 128)"
     )
     how.add_argument(
         "--protocol",
@@ -64,16 +64,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     pretrained = arguments.task in ("retrieval", "probes")
-    if pretrained and (arguments.inputs != "both" or arguments.predictions or arguments.answers):
-        parser.exit(2, f"evaluate.py: error: --inputs, --predictions and --answers are not for {arguments.task}\n")
-    if arguments.task != "vqa" and (arguments.submission or arguments.fidelity != "corrected"):
-        parser.exit(2, "evaluate.py: error: --submission and --fidelity are for vqa\n")
-    if arguments.protocol and arguments.task != "retrieval":
-        parser.exit(2, "evaluate.py: error: --protocol is for retrieval\n")
+    if pretrained and (arguments.inputs != "both" or arguments.predictions):
+        parser.exit(2, f"evaluate.py: error: --inputs and --predictions are not for {arguments.task}\n")
+    if arguments.task != "vqa" and (arguments.submission or arguments.answers or arguments.fidelity != "corrected"):
+        parser.exit(2, "evaluate.py: error: --submission, --answers and --fidelity are for vqa\n")
+    if arguments.image_root and arguments.data:
+        parser.exit(2, "evaluate.py: error: --image-root is for --annotations; shards hold their pictures\n")
+    if (arguments.protocol or arguments.rerank is not None) and arguments.task != "retrieval":
+        parser.exit(2, "evaluate.py: error: --protocol and --rerank are for retrieval\n")
     for option in ("predictions", "submission", "json"):  # before hours of predictions
         out = getattr(arguments, option)
         if out and not out.absolute().parent.is_dir():
             parser.exit(2, f"evaluate.py: error: --{option} {out}: there is no folder {out.absolute().parent}\n")
+    if arguments.rerank is None:
+        arguments.rerank = 128
     if arguments.rerank < 0:
         parser.exit(2, f"evaluate.py: error: --rerank must be 0 or more, got {arguments.rerank}\n")
     return arguments

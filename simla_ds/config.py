@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 def _require(condition: bool, message: str) -> None:
@@ -292,7 +292,14 @@ class ObjectivesConfig:
 
     def __post_init__(self):
         _require(0 <= self.alpha <= 1, f"objectives.alpha must be in [0, 1], got {self.alpha}")
+        weights = {name: getattr(self, name).weight for name in self.names}
+        for name, weight in weights.items():
+            _require(weight >= 0, f"objectives.{name}.weight must be >= 0, got {weight}")
         _require(bool(self.enabled), "objectives: every weight is 0; give at least one objective a weight")
+        _require(
+            self.xmm.every == 1 or self.enabled != ("xmm",),
+            f"objectives.xmm.every={self.xmm.every}: XMM is the only objective, steps without it would train nothing",
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -365,6 +372,7 @@ class DataConfig:
     """Training scenes to prepare there."""
     max_words: int = 30
     """Words kept of a caption."""
+    LEAST_WORDS: ClassVar[int] = 1
     max_tokens: int = 25
     """Tokens kept of a caption, [CLS] and [SEP] included."""
     crop_scale: tuple[float, float] = (0.8, 1.0)
@@ -405,7 +413,11 @@ class DataConfig:
             min(weights.values(), default=0) > 0 or not any(weights.values()),
             f"data.sources: give all a weight > 0, or all none; got {weights}",
         )
+        least = self.LEAST_WORDS
+        _require(self.max_words >= least, f"data.max_words must be >= {least}, got {self.max_words}")
         _require(self.max_tokens >= 3, f"data.max_tokens must be >= 3, got {self.max_tokens}")
+        _require(0 <= self.flip <= 1, f"data.flip must be in [0, 1], got {self.flip}")
+        _require(self.augment_ops >= 0, f"data.augment_ops must be >= 0, got {self.augment_ops}")
         _require(self.shuffle_window >= 1, f"data.shuffle_window must be >= 1, got {self.shuffle_window}")
         _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
         _require(self.cache_gb > 0, f"data.cache_gb must be > 0, got {self.cache_gb}")
@@ -473,7 +485,7 @@ class TrainConfig:
     """How the step is computed, with the same result up to rounding. fast: requests merged into one pass per direction
     and network, no padding, last layers only where a loss reads them. plain: each request as a pass of its own."""
     activation_checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
+    """Recompute activations in backward: less memory, about a quarter more time."""
     log_every: int = 10
     """Optimizer steps between lines in metrics.jsonl."""
     diagnose_every: int = 200

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ def run_demo(out: Path, seed: int = 0) -> int:
         out: folder of the results.
         seed: of the training: start weights, order, views, masks. The scenes stay the same.
 
-    Raises ValueError when the sources are not at hand or the training fails to start.
+    Raises ValueError when the sources or what draws are not at hand, or the training fails to start.
     """
+    if find_spec("matplotlib") is None:  # before minutes of training
+        raise ValueError("the demo draws with matplotlib: pip install 'simla_ds[demo]'")
     out = Path(out).resolve()
     scenes, run = out / "scenes", out / "run"
     seconds: dict[str, float] = {}

@@ -219,10 +219,10 @@ def new_model_folder(folder: Path) -> Iterator[Path]:
     """Yield the name of a folder to make and fill, which then takes the place of `folder`: whole, or not at all.
 
     Raises:
-        ValueError: folder holds something that is no model folder.
+        ValueError: folder holds something that this project did not write.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG).is_file() and (folder.is_file() or any(folder.iterdir())):
+    if folder.exists() and not _is_ours(folder) and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there and is no model folder, so it is not replaced; name another")
     fresh, stale = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     try:
@@ -235,6 +235,13 @@ def new_model_folder(folder: Path) -> Iterator[Path]:
             stale.rename(folder)
         for leftover in (fresh, stale):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds a network of this project, or the image codebook that `simla import` writes."""
+    if not (folder / CONFIG).is_file():
+        return False
+    return read_json(folder / CONFIG).get("model_type") in (SimlaConfig.model_type, "flava_image_codebook")
 
 
 def load_model_folder(folder: Path, kind: type[N] = Simla, device: str = "cpu") -> tuple[N, ModelConfig]:

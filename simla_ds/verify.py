@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -94,7 +95,7 @@ def verify_reference(
     rows: list[tuple[str, Comparison]] = []
     for file, run in description["runs"].items():
         step = kind(folder, description, alpha=float(run["alpha"]), passes=passes)
-        expected = load_file(folder / file)
+        expected = read_recorded(folder / file)
         rows += [(file, c) for c in step.compare(expected, loss_tolerance, tolerance)]
     _print_table(rows)
     if json_out is not None:
@@ -123,6 +124,25 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if absent := [file for file in description["runs"] if not (folder / file).is_file()]:
         raise ValueError(f"{folder} is no whole recording: {', '.join(absent)} missing, which config.json's runs name")
     return description
+
+
+class _Tensors(dict[str, Tensor]):
+    """A file's tensors; one that is missing is a ValueError with both names."""
+
+    def __init__(self, file: Path, tensors: dict[str, Tensor]):
+        super().__init__(tensors)
+        self.file = file
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(f"{self.file} holds no {name}: it is no whole recording")
+
+
+def read_recorded(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a recording's file. ValueError when it cannot be read, or when one is not there."""
+    try:
+        return _Tensors(file, load_file(file))
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); copy it again") from None
 
 
 def recorded_config(description: dict[str, Any], passes: Literal["fast", "plain"] = "fast") -> Config:
@@ -173,9 +193,9 @@ class RecordedStep:
         self.description = description
         self.config = recorded_config(description, passes)
         self.model, self.teacher = load_recorded_networks(
-            load_file(folder / "weights.safetensors"), self.config, dropout=self.config.teacher_dropout
+            read_recorded(folder / "weights.safetensors"), self.config, dropout=self.config.teacher_dropout
         )
-        inputs = load_file(folder / "inputs.safetensors")
+        inputs = read_recorded(folder / "inputs.safetensors")
         self.queue = _recorded_queue(inputs, self.config)
         self.task = PretrainTask(self.model, self.teacher, self.queue, self.config)
         self.batch = recorded_batch(inputs)
@@ -222,7 +242,9 @@ class RecordedStep:
     def _actual(self, kind: str, rest: str, name: str) -> Tensor:
         """Return what training computed under a recorded name."""
         if kind == "loss":
-            return self.losses[LOSS_NAMES.get(rest, rest)]
+            if (loss := LOSS_NAMES.get(rest, rest)) not in self.losses:
+                raise ValueError(f"the recording holds {name}, which verify does not know")
+            return self.losses[loss]
         if kind == "grad":
             return self.gradients[our_name(rest)]
         if kind == "grad_norms_all":

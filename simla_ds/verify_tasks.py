@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from simla_ds.config import ModelConfig, TeacherConfig
@@ -20,7 +19,7 @@ from simla_ds.downstream.snli_ve import SnliVe
 from simla_ds.downstream.vqa import Vqa
 from simla_ds.model.official_names import translate
 from simla_ds.teacher import ModuleSource, Teacher
-from simla_ds.verify import RecordedStep, recorded_config
+from simla_ds.verify import RecordedStep, read_recorded, recorded_config
 
 KINDS: dict[str, Callable[[], Downstream]] = {
     "retrieval": Retrieval,
@@ -39,7 +38,7 @@ class RecordedTaskStep(RecordedStep):
 
     def __init__(self, folder: Path, description: dict[str, Any], alpha: float, passes: Literal["fast", "plain"]):
         self.description = description
-        weights, inputs = (load_file(folder / f"{name}.safetensors") for name in ("weights", "inputs"))
+        weights, inputs = (read_recorded(folder / f"{name}.safetensors") for name in ("weights", "inputs"))
         self.downstream = KINDS[description["kind"]]()
         self.config = _config(description, weights, passes)
         self.model, self.teacher = _load_networks(self.downstream, self.config.model, weights)

@@ -178,6 +178,9 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path, student):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="is no model folder, so it is not replaced"):
         save_model_folder(student, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')  # somebody else's model
+    with pytest.raises(ValueError, match="is no model folder, so it is not replaced"):
+        save_model_folder(student, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 

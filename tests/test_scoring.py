@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from simla_ds import scoring
 from simla_ds.cli import main
+from simla_ds.data.outputs import copy_pairs
 from simla_ds.data.shards import ShardFiles, find_shards, index_tar, open_shard, write_shards
 from simla_ds.data.text import TextTokenizer, train_tokenizer
 from simla_ds.hub import SimlaModel, SimlaProcessor, save_model_folder
@@ -182,3 +183,12 @@ def test_what_does_not_fit_is_refused_in_one_line(made, tmp_path, capsys):
         assert said.count("\n") == 1
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "y").exists()
+
+
+def test_a_pair_whose_json_is_no_object_is_copied_too(tmp_path):
+    write_shards([("0", {"png": picture(0), "json": b"[[0, 0, 5, 5]]", "txt": b"a dog"})], tmp_path / "in", 5)
+    files = ShardFiles([open_shard(str(tmp_path / "in/shard-000000.tar"))])
+    copy_pairs(files, 0, [{"place": 0, "caption": "a dog"}], tmp_path / "out.tar")
+    copied = ShardFiles([open_shard(str(tmp_path / "out.tar"))]).read(0, 0)
+    assert json.loads(copied["json"] or b"") == {"caption": "a dog"}
+    assert copied["png"] == picture(0)

@@ -425,6 +425,26 @@ def test_a_recorded_tensor_that_nothing_computes_is_an_error(recording: Path):
         verify_reference(recording)
 
 
+def test_a_damaged_recording_is_one_line_with_its_file(recording: Path):
+    inputs = recording / "inputs.safetensors"
+    whole = load_file(inputs)
+    save_file({name: tensor for name, tensor in whole.items() if name != "image"}, inputs)
+    with pytest.raises(ValueError, match=r"inputs\.safetensors holds no image"):
+        verify_reference(recording)
+    expected = recording / "expected.safetensors"
+    expected.write_bytes(expected.read_bytes()[:-100])
+    save_file(whole, inputs)
+    with pytest.raises(ValueError, match=r"expected\.safetensors is damaged"):
+        verify_reference(recording)
+
+
+def test_a_recorded_loss_that_nothing_computes_is_an_error(recording: Path):
+    expected = load_file(recording / "expected.safetensors")
+    save_file({**expected, "loss.unheard_of": torch.ones(1)}, recording / "expected.safetensors")
+    with pytest.raises(ValueError, match=r"loss\.unheard_of"):
+        verify_reference(recording)
+
+
 def test_a_recording_with_no_run_does_not_count_as_verified(recording: Path):
     change_config(recording, runs={})
     assert not verify_reference(recording)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.data_efficiency.identity import config_hash
 from benchmarks.data_efficiency.rows import DONE, Row
 
 
-def comparable(rows: Sequence[Row], grid_hash: str, code: str = "") -> tuple[list[Row], list[str]]:
+def comparable(
+    rows: Sequence[Row], grid_hash: str, code: str = "", recipes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> tuple[list[Row], list[str]]:
     """Return the rows that may be compared with each other, and a line for whatever is left out.
 
     They are of one shared configuration, one code and the same data, and were run alike (execution). A group has one
@@ -19,6 +22,7 @@ def comparable(rows: Sequence[Row], grid_hash: str, code: str = "") -> tuple[lis
     Args:
         grid_hash: shared configuration to take (Grid.shared_hash).
         code: code hash to take; empty: the one with most finished rows.
+        recipes: what the grid says now of each cell's configuration, by the cell's name; rows of another are left out.
 
     Raises ValueError when there is no such row.
     """
@@ -37,6 +41,11 @@ def comparable(rows: Sequence[Row], grid_hash: str, code: str = "") -> tuple[lis
         for key in dict.fromkeys(map(_origin, others))
     ]
     done, failed = ([row for row in kept if (row["status"] == DONE) == wanted] for wanted in (True, False))
+    outdated = {
+        id(row): found for row in done if (found := _contradiction(row["config"], recipes.get(row["cell"], {})))
+    }
+    remarks += [f"{row['cell']}: {outdated[id(row)]}: left out" for row in done if id(row) in outdated]
+    done = [row for row in done if id(row) not in outdated]
     if done:
         done, found = _run_alike(done)
         remarks += found
@@ -80,6 +89,18 @@ def _agreeing(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[Row]:
 
 def _origin(row: Row) -> tuple[str, str, str]:
     return row["grid_hash"], row["code_hash"], row["data_hash"]
+
+
+def _contradiction(config: Mapping[str, Any], recipe: Mapping[str, Any], name: str = "") -> str:
+    """Return in what a row's configuration differs from what its cell's recipe sets; empty: in nothing."""
+    for key, value in recipe.items():
+        path = f"{name}.{key}" if name else key
+        if isinstance(value, Mapping):
+            if found := _contradiction(config.get(key, {}), value, path):
+                return found
+        elif key in config and config[key] != (list(value) if isinstance(value, tuple) else value):
+            return f"{path} {config[key]}, where the grid says {value}"
+    return ""
 
 
 def _run_alike(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:

@@ -63,12 +63,18 @@ class Comparison:
     second: str
     seeds: tuple[int, ...]
     difference: Estimate
+    alone: Estimate
+    """The same with the error of these two groups alone: the paired t-test."""
 
     def __str__(self) -> str:
         said, interval = f"{self.first} against {self.second}: {self.difference.mean:+.1f}", self.difference.interval
         if interval is None:
             return f"{said} in one seed, without an interval"
-        return f"{said} ({CONFIDENCE:.0%} interval {interval[0]:+.1f} to {interval[1]:+.1f}, {len(self.seeds)} seeds)"
+        said = f"{said} ({CONFIDENCE:.0%} interval {interval[0]:+.1f} to {interval[1]:+.1f}"
+        own = self.alone.interval
+        if own is not None and own != interval:
+            said += f", by these two alone {own[0]:+.1f} to {own[1]:+.1f}"
+        return f"{said}, {len(self.seeds)} seeds)"
 
 
 def by_seed(rows: Sequence[Row], group: str, fraction: float, measure: str, who: str) -> dict[int, float]:
@@ -107,7 +113,9 @@ def compare(first: str, second: str, block: Mapping[str, Mapping[int, float]]) -
     freedom = (len(table) - 1) * (len(seeds) - 1)
     error = math.sqrt(2 * float((rest**2).sum()) / freedom / len(seeds)) if freedom else None
     difference = float(np.mean(lines[first]) - np.mean(lines[second]))
-    return Comparison(first, second, seeds, Estimate(difference, error, len(seeds), freedom))
+    alone = estimate({seed: block[first][seed] - block[second][seed] for seed in seeds})
+    assert alone is not None
+    return Comparison(first, second, seeds, Estimate(difference, error, len(seeds), freedom), alone)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -25,7 +25,8 @@ NOTES = (
 
 def write_report(grid: Grid, folder: Path, code: str) -> int:
     """Write report.md, report.html and the PNGs into the rows' folder; return the exit status."""
-    rows, remarks = comparable(read_rows(folder), grid.shared_hash, code)
+    recipes = {cell.name: grid.settings(cell) for cell in grid.all_cells}
+    rows, remarks = comparable(read_rows(folder), grid.shared_hash, code, recipes)
     report = Report(grid, rows, remarks)
     name = report.headlines[PRIMARY].name
     seeds = {fraction: report.shared_seeds(fraction) for fraction in report.fractions}

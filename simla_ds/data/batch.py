@@ -70,9 +70,9 @@ class PairMaker:
         self.config, self.tokenizer = config, tokenizer
         self.transform = make_transform(config, visual_view_size, train=train)
 
-    def make(self, key: str, members: Mapping[str, bytes | None], rng: np.random.Generator) -> Pair:
-        """Read, transform, tokenise and mask one sample. Raises SkipSample."""
-        record = read_record(key, members)
+    def make(self, key: str, members: Mapping[str, bytes | None], rng: np.random.Generator, salt: int = 0) -> Pair:
+        """Read, transform, tokenise and mask one sample; salt as read_record's. Raises SkipSample."""
+        record = read_record(key, members, salt)
         picture = open_picture(picture_bytes(members))
         raw = record.captions[int(rng.integers(len(record.captions)))]
         caption = clean_caption(raw, self.config.data.max_words)

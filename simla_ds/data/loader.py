@@ -14,7 +14,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from multiprocessing.synchronize import Event
@@ -83,11 +83,10 @@ class PairDataset(Dataset):
     def __getitem__(self, global_index: int) -> Pair:
         """Read one pair. Raises SkipSample."""
         shard, number = self.order.locate(global_index)
-        pair = read_pair(self.files, self.maker, shard, number, self.seed, global_index)
-        if self.salts:
-            pair.source = int(np.searchsorted(self.last_shards, shard, side="right"))
-            pair.sample_id ^= self.salts[pair.source]  # sources may use the same keys for other things
-            pair.image_id ^= self.salts[pair.source]
+        source = int(np.searchsorted(self.last_shards, shard, side="right")) if self.salts else None
+        salt = 0 if source is None else self.salts[source]
+        pair = read_pair(self.files, self.maker, shard, number, self.seed, global_index, salt)
+        pair.source = source
         return pair
 
     def __getitems__(self, global_indices: list[int]) -> Chunk:
@@ -114,15 +113,17 @@ class PairDataset(Dataset):
         )
 
 
-def read_pair(files: ShardFiles, maker: PairMaker, shard: int, number: int, seed: int, index: int) -> Pair:
-    """Sample `number` of a shard with the random draws of (seed, index). Raises SkipSample."""
+def read_pair(
+    files: ShardFiles, maker: PairMaker, shard: int, number: int, seed: int, index: int, salt: int = 0
+) -> Pair:
+    """Sample `number` of a shard with the random draws of (seed, index); salt as read_record's. Raises SkipSample."""
     try:
         members = files.read(shard, number)
     except ShardChanged:
         raise SkipSample("shard changed") from None
     except OSError:
         raise SkipSample("sample unreadable") from None
-    return maker.make(files.shards[shard].key(number), members, sample_generator(seed, index))
+    return maker.make(files.shards[shard].key(number), members, sample_generator(seed, index), salt)
 
 
 class StreamLoader(ABC):
@@ -174,7 +175,7 @@ class StreamLoader(ABC):
                 continue
             passed[result] += 1
             in_a_row += 1
-            if in_a_row >= self.epoch_size:
+            if in_a_row * self.world_size >= self.epoch_size:  # this rank's share of an epoch
                 self.close()
                 reasons = ", ".join(f"{reason}: {count}" for reason, count in passed.most_common())
                 raise ValueError(f"{self.config.data.named}: none of {in_a_row} samples is usable ({reasons})")
@@ -194,6 +195,7 @@ class StreamLoader(ABC):
         return {
             "epoch_size": self.epoch_size,
             "sources": self.sources,
+            "fingerprint": self.fingerprint,
             "seed": self.config.train.seed,
             "shuffle_window": self.config.data.shuffle_window,
             "left_over": list(self._stream.left_over),
@@ -209,6 +211,7 @@ class StreamLoader(ABC):
         for name, setting, now in (
             ("epoch_size", "samples of the training data", self.epoch_size),
             ("sources", "data.sources", self.sources),
+            ("fingerprint", self.config.data.named, self.fingerprint),
             ("seed", "train.seed", self.config.train.seed),
             ("shuffle_window", "data.shuffle_window", self.config.data.shuffle_window),
         ):
@@ -297,7 +300,8 @@ class PairLoader(StreamLoader):
         for name, shards in counts:
             self.sources[name] = {"samples": sum(sizes[:shards]), "weight": data.sources[name].weight}
             sizes = sizes[shards:]
-        names = "\n".join(f"{Path(shard.path).name} {len(shard)}" for shard in files.shards)
+        # of an address without its query, which may be signed anew for each run
+        names = "\n".join(f"{Path(shard.path.partition('?')[0]).name} {len(shard)}" for shard in files.shards)
         self.fingerprint = f"{len(files.shards)} shards, {sum(map(len, files.shards))} samples, {stable_hash(names):x}"
         self.vocabulary = tokenizer.vocabulary
         self.retried = files.retried
@@ -370,7 +374,8 @@ def _open(config: Config, paths: list[str]) -> ShardFiles:
     cache = ShardCache(Path(data.cache_dir).expanduser(), int(data.cache_gb * 1e9), data.fetch_tries)
     # the shards that are shuffled together are read by turns, and those of the next window already
     keep_open = min(2 * data.shuffle_window * max(1, len(data.sources)), MOST_OPEN)
-    return ShardFiles(open_shards(paths, cache), keep_open, cache)
+    # what chose a shard's samples has done so: every process would hold it
+    return ShardFiles([replace(shard, note="") for shard in open_shards(paths, cache)], keep_open, cache)
 
 
 def _chunked(stream: Stream, element: int, step: int, size: int) -> Iterator[list[int]]:

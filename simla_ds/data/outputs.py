@@ -52,6 +52,7 @@ def copy_pairs(files: ShardFiles, number: int, rows: Rows, out: Path) -> None:
         for place, captions in kept.items():
             members = {name: data for name, data in files.read(number, place).items() if data is not None}
             texts = json.loads(members["json"]) if "json" in members else {}
+            texts = texts if isinstance(texts, dict) else {}  # a list of other things, the caption is in the txt
             said = captions if len(captions) > 1 or isinstance(texts.get("caption"), list) else captions[0]
             members["json"] = json.dumps({**texts, "caption": said}).encode()
             members.pop("txt", None)

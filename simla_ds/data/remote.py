@@ -54,9 +54,7 @@ def open_shards(paths: list[str], cache: ShardCache) -> list[Shard]:
     def opened(path: str) -> Shard:
         return cache.index(path) if path.startswith(REMOTE) else open_shard(path)
 
-    if not any(path.startswith(REMOTE) for path in paths):
-        return [open_shard(path) for path in paths]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # file systems of clusters are as slow to answer as servers
         return list(pool.map(opened, paths))
 
 
@@ -84,13 +82,17 @@ class ShardCache:
             self._failure(url).unlink(missing_ok=True)  # an earlier run's
             stamp = self._ask(url)
             found = load_index(str(kept), url, {"version": INDEX_VERSION, **stamp})
+            self._stamps[url] = stamp
             if found is None:
                 if kept.is_file():
                     print(f"{url} is not what was fetched before ({stamp}): fetched again", file=sys.stderr)
-                self._path(url).unlink(missing_ok=True)
+                self._copy(url).unlink(missing_ok=True)
                 found = self._new_index(url, kept, stamp)
-                save_index(str(kept), found, {"version": INDEX_VERSION, **stamp})
-            self._stamps[url] = stamp
+                if url.startswith("pipe:") and (found.problem or not len(found)):  # a command may have failed quietly
+                    self._copy(url).unlink(missing_ok=True)
+                    kept.unlink(missing_ok=True)
+                else:
+                    save_index(str(kept), found, {"version": INDEX_VERSION, **stamp})
         return replace(found, path=url)
 
     def _new_index(self, url: str, kept: Path, stamp: dict[str, Any]) -> Shard:
@@ -123,9 +125,9 @@ class ShardCache:
 
         Open it at once: it may be put out later, which does not disturb those who have it open.
         """
-        path = self._path(url)
+        path = self._copy(url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):  # one process fetches, the others wait for it
+        with _locked(self._path(url).with_suffix(".lock")):  # one process fetches, the others wait for it
             if path.is_file():
                 os.utime(path)
             else:
@@ -178,7 +180,13 @@ class ShardCache:
             self._failure(url).write_text(json.dumps(known))
 
     def _path(self, url: str) -> Path:
-        return self.folder / f"{blake2b(url.encode(), digest_size=16).hexdigest()}.tar"
+        """What the names of all that is kept of a shard begin with."""
+        return self.folder / blake2b(url.encode(), digest_size=16).hexdigest()
+
+    def _copy(self, url: str) -> Path:
+        """The local copy of what index() found: of another version another file, which another run may read."""
+        stamp = json.dumps(self._stamps.get(url, {}), sort_keys=True).encode()
+        return self._path(url).with_suffix(f".{blake2b(stamp, digest_size=8).hexdigest()}.tar")
 
     def _retry(self, fetch: Callable[[], T]) -> T:
         wait = FIRST_WAIT

@@ -75,24 +75,26 @@ class Record:
     captions: tuple[str, ...]
     """At least one, uncleaned."""
     sample_id: int
-    """Hash of the key, non-negative."""
+    """Hash of the key and its source, non-negative."""
     image_id: int
     """Hash of the json's image_id, or sample_id where there is none."""
     image_name: str | None = None
-    """The json's image_id itself."""
+    """The json's image_id itself, what is no UTF-8 in it replaced."""
 
 
-def read_record(key: str, members: Mapping[str, bytes | None]) -> Record:
+def read_record(key: str, members: Mapping[str, bytes | None], salt: int = 0) -> Record:
     """Captions and ids from a sample's json (`caption`: str or list of str; `image_id`) or else its txt.
 
     Captions of white space and punctuation alone are left out: they are equal for every picture.
+    salt: of the sample's source, for sources may use the same keys and ids for other things. An image_id that says
+    whose it is, as "coco:139", means the same picture in all of them.
     Raises SkipSample.
     """
     captions, image_id = None, None
     if "json" in members:
         try:
             fields = json.loads(_text(members["json"]))
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError: no JSON, or a number of thousands of digits
             raise SkipSample("caption json broken") from None
         if isinstance(fields, dict):
             captions, image_id = fields.get("caption"), fields.get("image_id")
@@ -110,10 +112,11 @@ def read_record(key: str, members: Mapping[str, bytes | None]) -> Record:
     captions = [caption for caption in captions if _SAYS_SOMETHING.search(caption)]
     if not captions:
         raise SkipSample("caption empty")
-    sample_id = stable_hash(key)
+    sample_id = stable_hash(key) ^ salt
     if image_id is None:
         return Record(tuple(captions), sample_id, sample_id)
-    return Record(tuple(captions), sample_id, stable_hash(str(image_id)), str(image_id))
+    name = str(image_id).encode("utf-8", "replace").decode()
+    return Record(tuple(captions), sample_id, stable_hash(name) ^ (0 if ":" in name else salt), name)
 
 
 def read_picture(members: Mapping[str, bytes | None], room: float = 0) -> Image.Image:

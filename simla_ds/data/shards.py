@@ -12,6 +12,7 @@ import glob
 import json
 import os
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ def find_shards(spec: str, key: str = "data.train", remote: bool = False) -> lis
         names = expand_urls(expanded) if expanded else []
         found = [name for name in names if os.path.isfile(name)]
         if found and len(found) < len(names):
-            missing = next(name for name in names if name not in set(found))
+            there = set(found)
+            missing = next(name for name in names if name not in there)
             lost = len(names) - len(found)
             raise ValueError(f"{key}={spec}: {lost} of {len(names)} shards are missing, first {missing}")
     if not found:
@@ -227,10 +229,23 @@ def load_index(file: str, path: str, stamp: Mapping[str, Any] | None = None) -> 
                 arrays = {name: stored[name] for name in _ARRAYS}
                 extensions, note = tuple(header["extensions"]), header.get("note", "")
                 problem, tar_bytes = header["problem"], header.get("bytes", 0)
+                _require_sound(arrays, extensions)
                 return Shard(path, **arrays, extensions=extensions, problem=problem, note=note, tar_bytes=tar_bytes)
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
-        pass  # none, or half-written by another program
+    except (OSError, EOFError, KeyError, ValueError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error):
+        pass  # none, half-written by another program, or no index of ours: who serves a shard may serve anything
     return None
+
+
+def _require_sound(arrays: Mapping[str, np.ndarray], extensions: tuple[str, ...]) -> None:
+    """Raise ValueError unless the arrays are what Shard says, so that every sample can be looked up."""
+    names, name_ends, member_ends, members = (arrays[name] for name in _ARRAYS)
+    for ends, most in ((name_ends, len(names)), (member_ends, len(members))):
+        if ends.dtype != np.int64 or ends.ndim != 1 or (np.diff(ends, prepend=0, append=most) < 0).any():
+            raise ValueError("ends are not in order")
+    if len(name_ends) != len(member_ends) or names.dtype != np.uint8 or members.dtype != np.int64:
+        raise ValueError("arrays do not go together")
+    if members.shape != (len(members), 3) or (members < 0).any() or (members[:, 0] >= len(extensions)).any():
+        raise ValueError("members are not (extension, offset, bytes)")
 
 
 def store_selection(shard: Shard, chosen: Iterable[int], note: str) -> None:

@@ -28,7 +28,9 @@ def walk(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
         size = _number(header[124:136])
         if size is None or _number(header[148:156]) != sum(header[:148]) + sum(header[156:]) + 8 * 32:
             raise Damaged("shard unreadable")
-        size = int(override.get("size", size))
+        size = _decimal(override["size"]) if "size" in override else size
+        if size is None or size < 0:  # to go back would never end
+            raise Damaged("shard unreadable")
         name, data = override.get("path") or _name(header), position + _BLOCK
         if data + size > end:
             raise Damaged("shard truncated", name)
@@ -59,6 +61,11 @@ def _number(field: bytes) -> int | None:
         return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
     except ValueError:
         return None
+
+
+def _decimal(text: str) -> int | None:
+    """A number of a pax header."""
+    return int(text) if text.isdecimal() and len(text) < 20 else None
 
 
 def _pax_records(data: bytes) -> dict[str, str]:

@@ -102,6 +102,22 @@ def _bert_tokenizer(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer
     return tokenizer
 
 
+def require_same_words(tokenizer: Path, model: Path) -> None:
+    """Refuse a tokenizer that numbers words otherwise than the one of a model folder: no shape would show it.
+
+    A folder without a tokenizer says nothing. Raises ValueError.
+    """
+    if not any((model / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        return
+    ours, theirs = (_read_folder(folder).get_vocab(with_added_tokens=True) for folder in (tokenizer, model))
+    if ours != theirs:
+        differ = sum(theirs.get(piece) != number for piece, number in ours.items())
+        raise ValueError(
+            f"data.tokenizer={tokenizer} is not what {model} was trained with: {differ} of its {len(ours)} word pieces "
+            f"have another number in the {len(theirs)} there; set data.tokenizer={model}"
+        )
+
+
 class TextTokenizer:
     """Captions to ids, by a folder with tokenizer.json or with vocab.txt (one word piece a line).
 

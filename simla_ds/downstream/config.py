@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from simla_ds.config import (
     Config,
@@ -54,6 +54,7 @@ class FinetuneData(DataConfig):
     """VQA: answers kept when the list is made from the training file."""
     max_words: int = 0
     """Words kept of a text; 0: as many as published for the task (VQA 50, else 30), and no other number is known."""
+    LEAST_WORDS: ClassVar[int] = 0
     max_tokens: int = 50
     """Tokens kept of a text, [CLS] and [SEP] included."""
     scenes_dir: str = "data/scenes"

@@ -81,8 +81,7 @@ class Retrieval(Downstream):
     def module(self, model: Simla, teacher: Teacher, config: FinetuneConfig) -> nn.Module:
         """Return a PretrainTask of ITC and ITM."""
         config = replace(config, objectives=retrieval_objectives(config.objectives))
-        size, width = config.objectives.itc.queue_size, model.config.projection_size
-        return PretrainTask(model, teacher, FeatureQueue(size, width), config)
+        return PretrainTask(model, teacher, FeatureQueue.start(config), config)
 
     def predictions(self, network: Simla, batches: Iterable[TaskBatch]) -> list[dict[str, Any]]:
         """Return the rank, 0 is best, of what each query looks for: first of all pictures, then of all captions.

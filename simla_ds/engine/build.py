@@ -17,7 +17,7 @@ import torch
 from simla_ds.config import Config
 from simla_ds.data.loader import PairLoader, StreamLoader
 from simla_ds.data.shards import REMOTE, find_shards
-from simla_ds.data.text import TextTokenizer
+from simla_ds.data.text import TextTokenizer, require_same_words
 from simla_ds.data.visual_tokens import load_visual_tokenizer
 from simla_ds.engine.distributed import Ranks, broadcast_object, require_alike
 from simla_ds.engine.watch import Watch
@@ -67,6 +67,8 @@ def build(config: Config, ranks: Ranks, dtype: torch.dtype, building: AbstractCo
         max_tokens=config.data.max_tokens,
         add_sep=config.model.vocabulary.add_sep,
     )
+    if config.init.checkpoint:
+        require_same_words(Path(config.data.tokenizer), Path(config.init.checkpoint))
     visual_tokenizer = None
     if config.reads_visual_tokens:
         visual_tokenizer = load_visual_tokenizer(Path(config.data.visual_tokenizer), config.model.vision.grid)
@@ -76,6 +78,8 @@ def build(config: Config, ranks: Ranks, dtype: torch.dtype, building: AbstractCo
     view_size = visual_tokenizer.view_size if visual_tokenizer else 0
     loader = PairLoader(config, tokenizer, view_size, ranks.rank, ranks.world_size)
     check_sizes(config, loader.epoch_size)
+    if config.runs_itm and config.train.batch_size * ranks.world_size < 2:
+        raise ValueError("train.batch_size=1 on one rank leaves ITM without a wrong picture to choose; set it to 2")
     if ranks.world_size > 1:
         require_alike(config.data.named, "shards", loader.fingerprint)
     torch.manual_seed(config.train.seed)  # the same start weights on every rank
@@ -87,7 +91,7 @@ def build(config: Config, ranks: Ranks, dtype: torch.dtype, building: AbstractCo
         model.temperature.clamp_()
     model.set_activation_checkpointing(config.train.activation_checkpointing)
     teacher = Teacher(model, dropout=config.teacher_dropout, dtype=dtype, device=ranks.device)
-    queue = _queue(config).to(ranks.device)
+    queue = FeatureQueue.start(config).to(ranks.device)
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     task = PretrainTask(model, teacher, queue, config)
     if visual_tokenizer is not None:
@@ -161,13 +165,6 @@ def check_disk(config: Config, parameters: int) -> None:
             f"written need about {needed / 2**30:.1f} GiB beside the {present} that are there; set another --output or "
             "--train.keep_checkpoints 1"
         )
-
-
-def _queue(config: Config) -> FeatureQueue:
-    size, width = config.objectives.itc.queue_size, config.model.projection_size
-    if config.official:
-        return FeatureQueue.random(size, width, config.train.seed)
-    return FeatureQueue(size, width)
 
 
 def describe_environment(ranks: Ranks, precision: str, zero_stage: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import simla_kernels
+from simla_ds.model.layer_norm import apex_layer_norm
 from simla_kernels import dispatch
 from simla_kernels.launching import triton_version
 
@@ -104,12 +105,16 @@ def _apex() -> Iterator[Finding]:
     except ImportError:  # no package apex at all
         yield Finding("NVIDIA Apex", "not installed; it is optional")
         return
-    other = "PyPI's apex is another project: pip uninstall apex, and install NVIDIA's from its repository"
-    yield (
-        Finding("NVIDIA Apex", "its fused LayerNorm is used on a card")
-        if is_nvidias
-        else Finding("apex", other, "note")
-    )
+    if not is_nvidias:
+        other = "PyPI's apex is another project: pip uninstall apex, and install NVIDIA's from its repository"
+        yield Finding("apex", other, "note")
+        return
+    try:
+        apex_layer_norm()
+    except ImportError as error:
+        yield Finding("NVIDIA Apex", f"its fused LayerNorm cannot be used ({error}); PyTorch's is", "note")
+        return
+    yield Finding("NVIDIA Apex", "its fused LayerNorm is used on a card")
 
 
 def _machine() -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from simla_ds.config import Config, ModelConfig
-from simla_ds.data.text import TextTokenizer
+from simla_ds.data.text import TextTokenizer, require_same_words
 from simla_ds.downstream.annotations import Annotations
 from simla_ds.downstream.base import Downstream, TaskNetwork
 from simla_ds.downstream.config import FinetuneConfig
@@ -48,6 +48,8 @@ def build_finetuning(config: Config, ranks: Ranks, dtype: torch.dtype, building:
         config = _with_vocabulary(config)
     data = config.data
     tokenizer = TextTokenizer(Path(data.tokenizer), max_tokens=data.max_tokens, add_sep=config.model.vocabulary.add_sep)
+    if pretrained is not None:
+        require_same_words(Path(data.tokenizer), Path(config.init.checkpoint))
     train = load_annotations(config.task, data.train, data.image_root, limit=data.scenes_used)
     held_out = load_annotations(config.task, data.val, data.image_root)
     answers = _answers(config, train, ranks) if config.task == "vqa" else []

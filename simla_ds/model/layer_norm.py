@@ -11,16 +11,20 @@ from simla_kernels import dropout_add_layer_norm
 
 
 def layer_norm(width: int, eps: float) -> nn.LayerNorm:
-    """Return a LayerNorm over the last dimension of (..., width); Apex's has the same members.
-
-    Apex counts only with its compiled extension. PyPI's package of that name is another project and has neither.
-    """
+    """Return a LayerNorm over the last dimension of (..., width); Apex's has the same members."""
     try:
-        import_module("fused_layer_norm_cuda")
-        fused = import_module("apex.normalization").FusedLayerNorm
+        return apex_layer_norm()(width, eps=eps)
     except ImportError:
         return nn.LayerNorm(width, eps=eps)
-    return fused(width, eps=eps)
+
+
+def apex_layer_norm() -> type[nn.LayerNorm]:
+    """Return NVIDIA Apex's class. Raises ImportError without it and its compiled extension.
+
+    PyPI's package of that name is another project and has neither.
+    """
+    import_module("fused_layer_norm_cuda")
+    return import_module("apex.normalization").FusedLayerNorm
 
 
 class ResidualLayerNorm(nn.Module):

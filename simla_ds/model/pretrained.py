@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +177,17 @@ def _read_model_folder(model: Simla, path: Path, *, with_teacher: bool) -> tuple
         raise ValueError(f"{path} holds a model of type {kind!r}; init.checkpoint takes a 'simla' folder or a .pth")
     for part in ("vision", "stream"):
         _require_heads(model, path, part, settings.get("model", {}).get(part, {}).get("heads"))
+    words, ours = settings.get("model", {}).get("vocabulary", {}), asdict(model.config.vocabulary)
+    for key in ("pad", "unk", "cls", "sep", "mask", "add_sep"):  # no shape shows them either
+        if key in words and words[key] != ours[key]:
+            raise ValueError(
+                f"{path} was trained with model.vocabulary.{key}={json.dumps(words[key])}, the model has "
+                f"{json.dumps(ours[key])}; set {'it' if key == 'add_sep' else 'data.tokenizer to the folder'}"
+            )
     folders = [path, path / "teacher"] if with_teacher and (path / "teacher").is_dir() else [path]
     states = [{n.removeprefix("model."): v for n, v in read_weights(folder).items()} for folder in folders]
+    if words.get("visual_size") == 1 != ours["visual_size"]:  # trained without visual tokens: its head says nothing
+        states = [{n: v for n, v in state.items() if not n.startswith("visual_head.")} for state in states]
     return states[0], states[1] if len(states) > 1 else {}
 
 

@@ -65,6 +65,8 @@ def find_weights(path: Path) -> Path:
     for name in _NAMES:
         if (path / name).is_file():
             return path / name
+    if (path / "MANIFEST.json").is_file():
+        raise ValueError(f"{path} is a training checkpoint; make a model folder of it with `simla export`")
     found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
     if len(found) == 1:
         return found[0]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simla_ds.config import Config
 from simla_ds.objectives.collectives import gather_rows
 
 
@@ -33,6 +34,15 @@ class FeatureQueue:
         queue.text = F.normalize(torch.randn(size, width, generator=generator), dim=-1)
         queue.filled = size
         return queue
+
+    @classmethod
+    def start(cls, config: Config) -> FeatureQueue:
+        """Return the queue that a run starts with: empty, or full as the published one.
+
+        Its retrieval starts with features of pretraining; those are in no model folder, so random ones stand for them.
+        """
+        size, width = config.objectives.itc.queue_size, config.model.projection_size
+        return cls.random(size, width, config.train.seed) if config.official else cls(size, width)
 
     def to(self, device: torch.device | str) -> FeatureQueue:
         """Move the tensors and return self."""

@@ -73,8 +73,9 @@ class PseudoLabelledKeywords(Objective):
         ids = batch["input_ids"]
         positions, valid = self.keyword_positions(batch, attention)
         if self.config.psl.whole_words:
-            word = batch["word_index"]
-            picked = torch.where(valid, word.gather(1, positions), -2)
+            word = batch["word_index"]  # -1: of no word
+            picked = word.gather(1, positions)
+            picked = torch.where(valid & (picked >= 0), picked, -2)
             found = torch.where((word[:, :, None] == picked[:, None, :]).any(-1), ids, -1)
         else:
             found = torch.where(valid, ids.gather(1, positions), -1)

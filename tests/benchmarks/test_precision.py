@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from scipy.stats import ttest_1samp
 
 from benchmarks import precision
 from benchmarks.precision import compare, draw, table
@@ -13,25 +14,41 @@ SEEDS = (3.0, 3.2, 3.4)
 """The end of fp32's loss in each seed: a standard deviation of 0.2."""
 
 
-def curves(shift: float) -> dict:
-    """Return curves that end at SEEDS, and in bf16 `shift` above. Their first half is far off and counts nothing."""
+def curves(*shifts: float) -> dict:
+    """Return curves that end at SEEDS, and in bf16 the shifts above. Their first half is far off and counts nothing."""
     ends = {("fp32", seed): end for seed, end in enumerate(SEEDS)}
-    ends |= {("bf16", seed): end + shift for seed, end in enumerate(SEEDS)}
+    ends |= {("bf16", seed): end + shift for seed, (end, shift) in enumerate(zip(SEEDS, shifts, strict=True))}
     return {run: {"loss": [9.0 if run[0] == "fp32" else 5.0] * 4 + [end] * 4} for run, end in ends.items()}
 
 
-@pytest.mark.parametrize(("shift", "within"), [(0.0, True), (0.19, True), (-0.19, True), (0.21, False), (-0.21, False)])
-def test_noise_is_what_seeds_differ_by(shift, within):
-    found = compare(curves(shift), "bf16")["loss"]
+@pytest.mark.parametrize(
+    ("shifts", "within"),
+    [
+        ((0.0, 0.0, 0.0), True),
+        ((0.1, -0.1, 0.05), True),
+        ((0.3, -0.1, 0.2), True),
+        ((0.1, 0.101, 0.1), False),  # less than seeds differ by, but the same in each
+        ((-0.10, -0.11, -0.09), False),
+    ],
+)
+def test_noise_is_told_by_pairs_of_one_seed(shifts, within):
+    found = compare(curves(*shifts), "bf16")["loss"]
     assert found["within_noise"] is within
-    assert found["difference"] == pytest.approx(shift)
-    assert found["difference_by_seed"] == pytest.approx([shift] * 3)
+    assert found["p"] == pytest.approx(1.0 if not any(shifts) else ttest_1samp(shifts, 0).pvalue, abs=1e-9)
+    assert found["difference"] == pytest.approx(sum(shifts) / 3)
+    assert found["difference_by_seed"] == pytest.approx(shifts)
     assert found["deviation_of_seeds"] == pytest.approx(0.2)
     assert ("DIFFERENT" in table({"loss": found}, "bf16")) is not within
 
 
+def test_several_losses_are_corrected_for():
+    several = {run: {f"loss/{n}": of["loss"] for n in range(4)} for run, of in curves(-0.10, -0.11, -0.14).items()}
+    alone = compare({run: {"loss/0": of["loss/0"]} for run, of in several.items()}, "bf16")["loss/0"]["p"]
+    assert compare(several, "bf16")["loss/0"]["p"] == pytest.approx(4 * alone)
+
+
 def test_the_plot_is_a_picture(tmp_path: Path):
-    draw(curves(0.1), tmp_path / "curves.png")
+    draw(curves(0.1, 0.1, 0.1), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > 300
         assert len(set(picture.convert("L").get_flattened_data())) > 20  # lines, not an empty frame
@@ -62,8 +79,12 @@ def test_both_precisions_train_and_a_second_call_trains_nothing(tmp_path: Path, 
     ]
     first = precision.main(call)
     stored = json.loads((tmp_path / "out").read_text())
-    runs = {run.name: (run / "metrics.jsonl").stat().st_mtime_ns for run in tmp_path.glob("*-*-20")}
+    runs = {
+        run.name[:9]: (run / "metrics.jsonl").stat().st_mtime_ns for run in tmp_path.glob("*-*-20-*") if run.is_dir()
+    }
     assert sorted(runs) == ["bf16-0-20", "bf16-1-20", "fp32-0-20", "fp32-1-20"]
     assert {"loss", "loss/itc", "loss/itm", "loss/mlm", "loss/xmm", "loss/psl"} <= stored["losses"].keys()
     assert precision.main(call) == first
-    assert runs == {run.name: (run / "metrics.jsonl").stat().st_mtime_ns for run in tmp_path.glob("*-*-20")}
+    assert runs == {
+        run.name[:9]: (run / "metrics.jsonl").stat().st_mtime_ns for run in tmp_path.glob("*-*-20-*") if run.is_dir()
+    }

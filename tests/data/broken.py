@@ -70,6 +70,7 @@ def broken_samples():
         "number": ({"jpg": jpg, "json": b'{"caption": 5}'}, "caption not text"),
         "blind": ({"txt": b"no picture"}, "picture missing"),
         "json": ({"jpg": jpg, "json": b"{"}, "caption json broken"),
+        "digits": ({"jpg": jpg, "json": b'{"caption": "a dog", "width": ' + b"1" * 5000 + b"}"}, "caption json broken"),
     }
     return usable, unusable
 

@@ -189,7 +189,6 @@ def test_batches_are_bit_equal_for_any_number_of_workers(shards_with_bad, worker
     for first, second in zip(take(alone, 12), take(helped, 12), strict=True):
         assert same(first, second)
     assert helped.skipped == alone.skipped
-    assert (torch.rand(1) == torch.manual_seed(3) and torch.rand(1)) or True
     helped.close()
 
 
@@ -358,6 +357,9 @@ def test_a_state_of_other_data_or_order_is_refused_with_both_numbers(shards, tmp
         loader(str(tmp_path)).load_state(state)
     with pytest.raises(ValueError, match=r"train.seed: 1 now, 0 in the checkpoint"):
         loader(shards, seed=1).load_state(state)
+    write_shards(good(), tmp_path / "cut anew", shard_size=14)
+    with pytest.raises(ValueError, match=r"cut anew: 4 shards, 53 samples, .* now, 8 shards, 53 samples, .* in the ch"):
+        loader(str(tmp_path / "cut anew")).load_state(state)
     with pytest.raises(ValueError, match="all 2 ranks"):
         loader(shards, 0, 2).state_dict()
 
@@ -401,6 +403,8 @@ def test_data_without_a_usable_sample_ends_after_an_epoch(tmp_path):
     for workers in (0, 1):
         with pytest.raises(ValueError, match=r"none of 20 samples is usable \(picture empty: 20\)"):
             next(loader(str(tmp_path), workers=workers))
+    with pytest.raises(ValueError, match=r"none of 10 samples is usable"):  # one of two ranks' share
+        next(loader(str(tmp_path), world_size=2))
 
 
 def test_fewer_samples_than_a_batch_is_refused_with_both_numbers(tmp_path):

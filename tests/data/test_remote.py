@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -199,3 +200,36 @@ def test_folders_and_globs_are_listed(tmp_path):
     with pytest.raises(ValueError, match="matches no shards"):
         find_shards("memory://listed/none/", remote=True)
     assert find_shards("s3://bucket/{0..1}.tar", remote=True) == ["s3://bucket/0.tar", "s3://bucket/1.tar"]
+
+
+def test_a_command_that_gave_no_shard_once_is_asked_again(shards, tmp_path):
+    answer = tmp_path / "answer"
+    answer.write_bytes(b"<html>503</html>" * 100)
+    url = f"pipe:cat {shlex.quote(str(answer))}"
+
+    def samples():
+        return len(ShardCache(tmp_path / "cache", 10**9, 1).index(url))
+
+    assert samples() == 0
+    shutil.copy(shards / "shard-000000.tar", answer)
+    assert samples() == 7
+
+
+def test_a_run_keeps_the_shard_that_it_indexed_when_another_run_finds_a_new_one(shards, tmp_path):
+    with serving(shards) as (address, _):
+        url = f"{address}/shard-000000.tar"
+
+        def opened():
+            cache = ShardCache(tmp_path / "cache", 10**9, 3)
+            return ShardFiles([cache.index(url)], 1, cache)
+
+        first = opened()
+        expected = first.read(0, 0)
+        first._open.clear()  # as if other shards had been read since
+        for name in ("shard-000000.tar", "shard-000000.tar.index.npz"):
+            shutil.copy(shards / name.replace("0.tar", "1.tar"), shards / name)
+        os.utime(shards / "shard-000000.tar", (1, 1))
+        (shards / "shard-000000.tar.index.npz").unlink()
+        second = opened()
+        assert second.read(0, 0) != expected
+        assert first.read(0, 0) == expected

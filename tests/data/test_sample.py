@@ -233,3 +233,18 @@ def test_reasons_are_the_ones_that_are_raised():
     source = Path(sample.__file__).read_text()
     raised = {line.split('SkipSample("')[1].split('"')[0] for line in source.splitlines() if 'SkipSample("' in line}
     assert raised <= set(REASONS)
+
+
+def test_a_source_has_keys_and_ids_of_its_own_but_for_pictures_of_a_named_collection():
+    def read(image_id, salt):
+        return read_record("7", {"json": json.dumps({"caption": "a dog", "image_id": image_id}).encode()}, salt)
+
+    for image_id, alike in ((139, False), ("139", False), (None, False), ("coco:139", True)):
+        first, other = read(image_id, 5), read(image_id, 6)
+        assert first.sample_id != other.sample_id
+        assert (first.image_id == other.image_id) is alike, image_id
+
+
+def test_an_image_id_that_is_no_utf8_can_be_written():
+    record = read_record("7", {"json": b'{"caption": "a dog", "image_id": "caf\\udce9"}'})
+    assert (record.image_name or "").encode() == b"caf?"

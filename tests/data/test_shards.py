@@ -4,7 +4,9 @@ import io
 import os
 import shutil
 import tarfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from simla_ds.data.shards import (
@@ -12,6 +14,7 @@ from simla_ds.data.shards import (
     ShardFiles,
     find_shards,
     index_tar,
+    load_index,
     open_shard,
     store_selection,
     write_shards,
@@ -243,3 +246,44 @@ def test_a_huge_member_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("simla_ds.data.shards.MAX_MEMBER_BYTES", 10)
     path = make_tar(tmp_path / "a.tar", [("0.jpg", b"x" * 11), ("0.txt", b"x" * 10)])
     assert read_all(index_tar(path)) == [("0", {"jpg": None, "txt": b"x" * 10})]
+
+
+def test_a_header_that_leads_back_is_damage(tmp_path):
+    whole = make_tar(tmp_path / "whole.tar", [("a.jpg", b"x" * 600), ("a.txt", b"a dog")])
+    header = bytearray(Path(whole).read_bytes())
+    header[124:136] = b"-0000001000\0"  # to the header itself
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:512]) + 8 * 32)
+    (tmp_path / "back.tar").write_bytes(header)
+    assert index_tar(str(tmp_path / "back.tar")).problem == "shard unreadable"
+
+
+@pytest.mark.parametrize("size", ["-1024", "abc", "9" * 5000])
+def test_a_pax_size_that_is_none_is_damage(tmp_path, size):
+    with tarfile.open(tmp_path / "pax.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size, info.pax_headers = 4, {"size": size}
+        tar.addfile(info, io.BytesIO(b"jpeg"))
+    assert index_tar(str(tmp_path / "pax.tar")).problem == "shard unreadable"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("members", lambda members: np.add(members, [9, 0, 0])),
+        ("members", lambda members: members * [1, -1, 1]),
+        ("members", lambda members: members.astype(float)),
+        ("name_ends", lambda ends: ends[::-1]),
+        ("name_ends", lambda ends: ends + 100),
+        ("member_ends", lambda ends: ends[:-1]),
+    ],
+)
+def test_a_stored_index_that_cannot_be_one_is_read_anew(tmp_path, name, change):
+    (path,) = write_shards(pairs(5), tmp_path, shard_size=5)
+    expected = read_all(open_shard(str(path)))
+    sidecar = tmp_path / f"{path.name}.index.npz"
+    with np.load(sidecar) as stored:
+        arrays = dict(stored)
+    np.savez(sidecar, **{**arrays, name: change(arrays[name])})
+    assert read_all(open_shard(str(path))) == expected
+    np.savez(sidecar, **arrays)
+    assert load_index(str(sidecar), str(path)) is not None

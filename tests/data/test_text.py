@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from simla_ds.data.text import SPECIAL_TOKENS, TextTokenizer, train_tokenizer
+from simla_ds.data.text import SPECIAL_TOKENS, TextTokenizer, require_same_words, train_tokenizer
 
 ANIMALS = ("dog", "cat", "zebra", "elephant", "kangaroo", "fox")
 CAPTIONS = [
@@ -176,3 +176,11 @@ def test_training_refuses_no_text_and_too_small_a_vocabulary(tmp_path):
     with pytest.raises(ValueError, match="vocabulary_size=10 is smaller than"):
         train_tokenizer(CAPTIONS, tmp_path / "small", 10)
     assert not (tmp_path / "small").exists()
+
+
+def test_a_tokenizer_that_numbers_words_otherwise_is_refused(trained, tmp_path):
+    require_same_words(trained, trained)
+    require_same_words(trained, tmp_path)  # a folder without one says nothing
+    train_tokenizer([caption.replace("dog", "cow") for caption in CAPTIONS], tmp_path / "other", 200)
+    with pytest.raises(ValueError, match=r"word pieces have another number .* set data.tokenizer=.*other"):
+        require_same_words(trained, tmp_path / "other")

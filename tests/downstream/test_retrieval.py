@@ -271,13 +271,18 @@ def test_the_official_protocol_orders_more_candidates_of_more_pictures():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--task", "vqa", "--data", "x", "--protocol", "fast"], "--protocol is for retrieval"),
+        (["--task", "vqa", "--data", "x", "--protocol", "fast"], "--protocol and --rerank are for retrieval"),
+        (["--task", "probes", "--data", "x", "--rerank", "16"], "--protocol and --rerank are for retrieval"),
         (["--task", "retrieval", "--annotations", "x", "--inputs", "text"], "are not for retrieval"),
         (["--task", "retrieval", "--annotations", "nowhere.json"], "nowhere.json"),
         (["--task", "retrieval", "--data", "nowhere"], "matches no shards"),
         (["--task", "retrieval", "--data", "nowhere", "--weights", "teacher"], "has no teacher weights"),
         (["--task", "retrieval", "--data", "nowhere", "--rerank", "-1"], "--rerank must be 0 or more"),
-        (["--task", "nlvr2", "--data", "x", "--fidelity", "official"], "--submission and --fidelity are for vqa"),
+        (
+            ["--task", "nlvr2", "--data", "x", "--fidelity", "official"],
+            "--answers and --fidelity are for vqa",
+        ),
+        (["--task", "nlvr2", "--data", "x", "--image-root", "y"], "--image-root is for --annotations"),
         (["--task", "vqa", "--data", "x", "--json", "no/where.json"], "--json no/where.json: there is no folder"),
     ],
 )

@@ -65,5 +65,12 @@ def test_pypis_apex_is_told_from_nvidias(run: Any, monkeypatch: pytest.MonkeyPat
     sys.modules.pop("apex")
     (package / "normalization.py").write_text("")
     importlib.invalidate_caches()
+    without = run()[1]["NVIDIA Apex"]  # its Python alone
+    assert without.startswith("note")
+    assert "No module named 'fused_layer_norm_cuda'" in without
+    (package / "normalization.py").write_text("FusedLayerNorm = object")
+    (tmp_path / "fused_layer_norm_cuda.py").write_text("")
+    importlib.invalidate_caches()
     assert "fused LayerNorm is used" in run()[1]["NVIDIA Apex"]
-    sys.modules.pop("apex", None)
+    for name in ("apex", "apex.normalization", "fused_layer_norm_cuda"):
+        sys.modules.pop(name, None)

@@ -66,6 +66,7 @@ def check_teacher(report: dict[str, Any], weights: str = "teacher") -> None:
     assert report["copy"] == 0.0, "the network must compute with the master cast to its dtype, to the last bit"
     assert report["moved"] > 1e-2, "the student must go somewhere for this to mean anything"
     assert report[weights] <= TOLERANCE
+    assert report["teacher_in_fp32"] <= TOLERANCE
 
 
 def check_memory(report: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from simla_ds.config import InitConfig, ModelConfig, StreamConfig, VisionConfig, VocabularyConfig
 from simla_ds.hub import save_model_folder
-from simla_ds.model.pretrained import initialise, load_bert, load_vision
+from simla_ds.model.pretrained import initialise, load_bert, load_checkpoint, load_vision
 from simla_ds.model.simla import Simla
 
 WIDTH, HEADS, LAYERS, FFN, WORDS, POSITIONS = 32, 4, 3, 48, 40, 24
@@ -225,6 +225,24 @@ def test_initialise_runs_what_is_asked_for_and_nothing_else(tmp_path):
     config = replace(config, checkpoint=str(tmp_path / "final"))
     assert len(initialise(model, config)) == 3
     assert not torch.equal(model.get_parameter("image_encoder.cls_token"), vit.cls_token)
+
+
+def test_a_model_folder_with_other_special_tokens_is_refused(tmp_path):
+    model = tiny()
+    save_model_folder(model, tmp_path / "final")
+    for change, said in (({"add_sep": False}, "add_sep=true, the model has false; set it"), ({"mask": 5}, "mask=4")):
+        vocabulary = replace(model.config.vocabulary, **change)
+        with pytest.raises(ValueError, match=f"trained with model.vocabulary.{said}"):
+            load_checkpoint(Simla(replace(model.config, vocabulary=vocabulary)), tmp_path / "final")
+
+
+def test_a_model_folder_trained_without_visual_tokens_starts_a_run_with_them(tmp_path):
+    model = tiny()
+    vocabulary = replace(model.config.vocabulary, visual_size=1)
+    save_model_folder(Simla(replace(model.config, vocabulary=vocabulary)), tmp_path / "final")
+    report = load_checkpoint(model, tmp_path / "final")
+    assert report.missing
+    assert all(name.startswith("visual_head.") for name in report.missing)
 
 
 # Size

@@ -215,6 +215,10 @@ def test_a_path_that_names_nothing_or_too_much_is_refused(tmp_path):
         load_vision(network(), tmp_path / "none.pth")
     for name in ("a.pth", "b.pth"):
         torch.save([1, 2], tmp_path / name)
+    (tmp_path / "step_00000004").mkdir()
+    (tmp_path / "step_00000004" / "MANIFEST.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"step_00000004 is a training checkpoint; .* `simla export`"):
+        load_vision(network(), tmp_path / "step_00000004")
     with pytest.raises(ValueError, match=r"several weights files \(a\.pth, b\.pth\)"):
         load_vision(network(), tmp_path)
     with pytest.raises(ValueError, match="holds no state dict"):

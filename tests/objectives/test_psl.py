@@ -98,6 +98,13 @@ def test_whole_words_labels_every_piece_of_a_picked_word():
     assert keywords(make_objective(votes_per_head=1, keywords=1, whole_words=True), batch, attention) == {10, 11}
 
 
+def test_a_vote_for_no_word_labels_none_even_when_all_special_tokens_are_voted_for_as_published():
+    batch = caption(CLS, 10, 11, 12, SEP, PAD, words=[-1, 0, 0, 1, -1, -1])
+    votes_on_cls = [[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]]
+    objective = make_objective("official", votes_per_head=2, keywords=2, whole_words=True)
+    assert keywords(objective, batch, votes_on_cls) == {10, 11}
+
+
 def test_a_word_said_twice_counts_once():
     hot = make_objective().targets(caption(CLS, 10, 10, 11), torch.tensor([[[0.1, 0.3, 0.3, 0.3]]]))
     assert hot.sum() == 2

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -20,7 +20,7 @@ CHUNK = 16
 """Rows that a process is handed at a time."""
 
 
-def in_order(work: Callable[[list[In]], list[Out]], items: Iterable[In], workers: int) -> Iterator[Out]:
+def in_order(work: Callable[[list[In]], list[Out]], items: Iterable[In], workers: int) -> Generator[Out, None, None]:
     """Yield what `work` makes of the items, in their order, from chunks of them done in `workers` processes.
 
     At most 2 chunks per process are under way, so memory does not grow with the data. One worker works here.
@@ -43,8 +43,8 @@ def in_order(work: Callable[[list[In]], list[Out]], items: Iterable[In], workers
             yield from waiting.popleft().result()
     except BrokenProcessPool:
         raise OSError(
-            "a worker process was killed, most likely for want of memory; start again with fewer --workers: "
-            "it goes on where it stopped"
+            "a worker process was killed, most likely for want of memory; start again, with fewer --workers: what was "
+            "finished is kept"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

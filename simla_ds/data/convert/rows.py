@@ -32,9 +32,11 @@ class Row:
 
     def members(self) -> Mapping[str, bytes | None]:
         """Return it as a shard would hold it: json and, if there is one, the picture. Raises SkipSample."""
-        members: dict[str, bytes | None] = {
-            "json": json.dumps({"caption": self.captions, "image_id": self.image_id}).encode()
-        }
+        try:
+            text = json.dumps({"caption": self.captions, "image_id": self.image_id}).encode()
+        except TypeError:  # a table's column of bytes or dates
+            raise SkipSample("caption not text") from None
+        members: dict[str, bytes | None] = {"json": text}
         if isinstance(self.picture, bytes):
             return members | {"jpg": self.picture}
         for path in self.picture:

@@ -8,10 +8,10 @@ Everything is made in a folder beside OUT that is renamed when whole, so OUT is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -26,6 +26,7 @@ import PIL
 from PIL import Image
 
 from simla_ds import __version__
+from simla_ds.data.convert.processes import in_order
 from simla_ds.data.scenes.compose import make_sample
 from simla_ds.data.scenes.contact_sheet import contact_sheet
 from simla_ds.data.scenes.kit import KIT
@@ -42,8 +43,6 @@ COMPOSER = 1
 CODEBOOK_SCENES = 2000
 """Train scenes that the visual tokens are fitted to: 64 patches each are plenty for 512 codes."""
 SHEET_SCENES = {"train": 12, "val": 6, "test": 6, "test_vendor": 6, "test_concept": 6, "test_pairing": 6}
-CHUNK = 50
-"""Scenes a worker makes at a time: half a second's worth at most."""
 
 Sample = tuple[str, dict[str, bytes]]
 
@@ -179,43 +178,18 @@ def _write_splits(
     """Write the shards of every split, composing in `workers` processes; return their paths."""
     from simla_ds.data.shards import write_shards
 
-    jobs = [
-        (name, range(start, min(start + CHUNK, count)), options.seed, options.size)
-        for name, count in counts.items()
-        for start in range(0, count, CHUNK)
-    ]
+    scenes = ((name, number, options.seed, options.size) for name, count in counts.items() for number in range(count))
     written: list[Path] = []
-    with _Composers(workers) as composers:
-        samples = _reporting(composers.run(jobs), sum(counts.values()), progress)
+    with contextlib.closing(in_order(_compose, scenes, workers)) as composed:
+        samples = _reporting(composed, sum(counts.values()), progress)
         for name, count in counts.items():
             own = collected.watch(name, islice(samples, count))
             written += write_shards(own, work / name, options.shard_size)
     return written
 
 
-class _Composers:
-    """A pool of processes, or none for one worker. Spawned: a fork would copy whatever threads torch has started."""
-
-    def __init__(self, workers: int) -> None:
-        self.pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else None
-
-    def __enter__(self) -> _Composers:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.pool:
-            self.pool.terminate()
-            self.pool.join()
-
-    def run(self, jobs: list) -> Iterator[Sample]:
-        """Yield the jobs' samples in the jobs' order."""
-        for chunk in self.pool.imap(_compose_chunk, jobs) if self.pool else map(_compose_chunk, jobs):
-            yield from chunk
-
-
-def _compose_chunk(job: tuple[str, range, int, int]) -> list[Sample]:
-    split, indices, seed, size = job
-    return [make_sample(split, index, seed, size) for index in indices]
+def _compose(scenes: list[tuple[str, int, int, int]]) -> list[Sample]:
+    return [make_sample(*scene) for scene in scenes]
 
 
 def _reporting(samples: Iterator[Sample], total: int, progress: bool) -> Iterator[Sample]:

@@ -86,3 +86,11 @@ def test_rows_from_before_the_execution_was_recorded_have_one_all_the_same():
 def test_failed_rows_hold_no_configuration_and_stay_known():
     failed = {key: value for key, value in row(1, status="failed").items() if key not in ("config", "environment")}
     assert seeds([row(0), failed]) == ([0, 1], [])
+
+
+def test_rows_that_contradict_the_grid_as_it_is_now_are_left_out_and_named():
+    rows = [row(0, rate=0.1), row(1, rate=0.1), row(2, rate=0.2)]
+    recipes = {f"simla-1-{seed}": {"optim": {"learning_rate": 0.2}} for seed in range(3)}
+    taken, remarks = comparable(rows, "grid", recipes=recipes)
+    assert [one["seed"] for one in taken] == [2]
+    assert "simla-1-0: optim.learning_rate 0.1, where the grid says 0.2: left out" in remarks

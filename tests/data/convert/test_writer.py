@@ -196,5 +196,5 @@ def test_results_come_in_order_from_a_bounded_number_under_way():
 
 
 def test_a_worker_that_is_killed_is_said_in_one_line():
-    with pytest.raises(OSError, match="start again with fewer --workers"):
+    with pytest.raises(OSError, match="start again, with fewer --workers"):
         list(in_order(_double, range(400), 2))

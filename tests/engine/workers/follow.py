@@ -190,6 +190,12 @@ def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return torch.stack([(left[name].double() - right[name].double()).abs().max() for name in right]).max().item()
 
 
+def error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Return the largest error of any element, of its magnitude where that is over 1: float32 knows no more."""
+    errors = [(found[n].double() - t).abs() / t.abs().clamp(min=1.0) for n, t in truth.items()]
+    return torch.stack([of.max() for of in errors]).max().item()
+
+
 def difference(left: Path, right: Path) -> float:
     """Return the largest difference between two checkpoints' tensors; infinite when one counts other updates.
 
@@ -205,7 +211,9 @@ def difference(left: Path, right: Path) -> float:
 
 
 class Follower:
-    """Runs steps on one engine and keeps three EMAs: the real teacher, the truth, one fed by the forward's weights."""
+    """Runs steps on one engine and keeps EMAs beside the real teacher: whole in float64 (the truth) and in float32, and
+    one fed by the forward's weights.
+    """
 
     def __init__(self, layout: str, kind: type[PretrainTask], rank: int, world_size: int):
         self.engine, self.task, self.groups = build(layout, world_size, kind)
@@ -220,6 +228,7 @@ class Follower:
         self.start_error = distance(self.start, {name: seen[name] for name in self.start})
         self.wrong = {name: APART * value for name, value in {**self.start, **self.frozen}.items()}
         self.truth = {name: value.double() for name, value in self.wrong.items()}
+        self.single = {name: value.clone() for name, value in self.wrong.items()}
         self.batches = [make_batch([5, 7], seed=10 * rank + i) for i in range(BATCHES)]
         for batch in self.batches:
             batch["image"] = batch["image"].to(self.dtype)
@@ -232,7 +241,7 @@ class Follower:
         return self.engine.was_step_applied()
 
     def follow(self, steps: int) -> dict[str, Any]:
-        """Train, updating all three EMAs; the truth is kept in fp64 and compared at the end."""
+        """Train, updating all EMAs; compare them at the end."""
         model, applied, first_move = self.task.model.config, 0, 0.0
         for index in range(steps):
             if not self.step(index):
@@ -242,6 +251,7 @@ class Follower:
             now = {**whole_weights(self.engine), **self.frozen}
             for name, value in self.truth.items():
                 value.lerp_(now[name].double(), 1 - MOMENTUM)
+                self.single[name].lerp_(now[name], 1 - MOMENTUM)
                 self.wrong[name].lerp_(now[name].to(self.dtype).float(), 1 - MOMENTUM)
             first_move = first_move or abs(now[TEMPERATURE] - self.start[TEMPERATURE]).item()
             applied += 1
@@ -254,7 +264,8 @@ class Follower:
             "moved": distance(self.start, now),
             "source": distance(self.whole(self.source.shards()), {**now, **self.frozen}),
             "forward_is_cast_master": distance(seen, {name: value.to(self.dtype) for name, value in now.items()}),
-            "teacher": distance(master, self.truth),
+            "teacher": error(master, self.truth),
+            "teacher_in_fp32": distance(master, self.single),
             "copy": distance(
                 teacher_weights(self.teacher, self.batches[0]), {n: v.to(self.dtype) for n, v in master.items()}
             ),
@@ -262,7 +273,7 @@ class Follower:
             "outside": sum(v.numel() for n, v in master.items() if not re.search(r"\.(layers|blocks)\.", n)),
             "frozen": self.frozen[FROZEN].numel(),
             "sizes": [[self.start[name].numel() for name in group] for group in self.groups],
-            "fed_by_forward_weights": distance(self.wrong, self.truth),
+            "fed_by_forward_weights": error(self.wrong, self.truth),
         }
 
     def reload(self, folder: Path, before: Path | None) -> dict[str, float]:
