@@ -41,11 +41,9 @@ def comparable(
         for key in dict.fromkeys(map(_origin, others))
     ]
     done, failed = ([row for row in kept if (row["status"] == DONE) == wanted] for wanted in (True, False))
-    outdated = {
-        id(row): found for row in done if (found := _contradiction(row["config"], recipes.get(row["cell"], {})))
-    }
-    remarks += [f"{row['cell']}: {outdated[id(row)]}: left out" for row in done if id(row) in outdated]
-    done = [row for row in done if id(row) not in outdated]
+    contradicted = [(row, _contradiction(row["config"], recipes.get(row["cell"], {}))) for row in done]
+    remarks += [f"{row['cell']}: {found}: left out" for row, found in contradicted if found]
+    done = [row for row, found in contradicted if not found]
     if done:
         done, found = _run_alike(done)
         remarks += found

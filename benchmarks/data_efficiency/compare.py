@@ -71,8 +71,7 @@ class Comparison:
         if interval is None:
             return f"{said} in one seed, without an interval"
         said = f"{said} ({CONFIDENCE:.0%} interval {interval[0]:+.1f} to {interval[1]:+.1f}"
-        own = self.alone.interval
-        if own is not None and own != interval:
+        if (own := self.alone.interval) is not None and self.alone.freedom < self.difference.freedom:
             said += f", by these two alone {own[0]:+.1f} to {own[1]:+.1f}"
         return f"{said}, {len(self.seeds)} seeds)"
 
