@@ -32,7 +32,7 @@ def curves(*shifts: float) -> dict:
     ],
 )
 def test_noise_is_told_by_pairs_of_one_seed(shifts, within):
-    found, p = compare(curves(*shifts), "bf16")["loss"], float(stats.ttest_1samp(shifts, 0)[1])
+    found, p = compare(curves(*shifts), "bf16")["loss"], stats.ttest_1samp(shifts, 0)[1]
     assert found["within_noise"] is within
     assert found["p"] == pytest.approx(1.0 if not any(shifts) else p, abs=1e-9)
     assert found["difference"] == pytest.approx(sum(shifts) / 3)
