@@ -265,7 +265,8 @@ class Follower:
             "source": distance(self.whole(self.source.shards()), {**now, **self.frozen}),
             "forward_is_cast_master": distance(seen, {name: value.to(self.dtype) for name, value in now.items()}),
             "teacher": error(master, self.truth),
-            "teacher_in_fp32": distance(master, self.single),
+            "rounding": 2**-24 / (1 - MOMENTUM),  # of float32: half a unit in the last place each step
+            "teacher_from_fp32": distance(master, self.single),
             "copy": distance(
                 teacher_weights(self.teacher, self.batches[0]), {n: v.to(self.dtype) for n, v in master.items()}
             ),
@@ -274,6 +275,7 @@ class Follower:
             "frozen": self.frozen[FROZEN].numel(),
             "sizes": [[self.start[name].numel() for name in group] for group in self.groups],
             "fed_by_forward_weights": error(self.wrong, self.truth),
+            "fed_by_forward_weights_from_fp32": distance(self.wrong, self.single),
         }
 
     def reload(self, folder: Path, before: Path | None) -> dict[str, float]:
