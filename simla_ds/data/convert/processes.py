@@ -43,8 +43,7 @@ def in_order(work: Callable[[list[In]], list[Out]], items: Iterable[In], workers
             yield from waiting.popleft().result()
     except BrokenProcessPool:
         raise OSError(
-            "a worker process was killed, most likely for want of memory; start again, with fewer --workers: what was "
-            "finished is kept"
+            "a worker process was killed, most likely for want of memory; start again, with fewer --workers"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
