@@ -264,7 +264,8 @@ class Follower:
             "moved": distance(self.start, now),
             "source": distance(self.whole(self.source.shards()), {**now, **self.frozen}),
             "forward_is_cast_master": distance(seen, {name: value.to(self.dtype) for name, value in now.items()}),
-            "teacher": error(master, self.truth),
+            "teacher": distance(master, self.truth),
+            "teacher_of_size": error(master, self.truth),
             "rounding": 2**-24 / (1 - MOMENTUM),  # of float32: half a unit in the last place each step
             "teacher_from_fp32": distance(master, self.single),
             "copy": distance(
@@ -274,7 +275,7 @@ class Follower:
             "outside": sum(v.numel() for n, v in master.items() if not re.search(r"\.(layers|blocks)\.", n)),
             "frozen": self.frozen[FROZEN].numel(),
             "sizes": [[self.start[name].numel() for name in group] for group in self.groups],
-            "fed_by_forward_weights": error(self.wrong, self.truth),
+            "fed_by_forward_weights": distance(self.wrong, self.truth),
             "fed_by_forward_weights_from_fp32": distance(self.wrong, self.single),
         }
 
