@@ -51,6 +51,15 @@ def _prepare_visual_tokenizer(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _prepare_refcoco(arguments: argparse.Namespace) -> int:
+    from simla_ds.downstream.refer import convert_refer
+
+    options = {name: getattr(arguments, name) for name in ("proposals", "pictures")}
+    found = convert_refer(arguments.refs, arguments.instances, arguments.out, **options)
+    print(f"{arguments.out}: {', '.join(f'{name}: {count}' for name, count in found.items())}")
+    return DONE
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from simla_ds.verify import verify_reference
 
@@ -235,6 +244,23 @@ def _add_prepare(commands) -> None:
         "--steps", type=_positive, default=2000, metavar="N", help="of training a VQ, 64 pictures each"
     )
     tokenizer.add_argument("--seed", type=int, default=0, metavar="N", help="every random choice follows from it")
+    refcoco = _command(
+        kinds,
+        "refcoco",
+        "write RefCOCO's, RefCOCO+'s or RefCOCOg's annotations as grounding's",
+        _prepare_refcoco,
+        "OUT/train.json, val.json, testA.json, ... for launch/finetune.py and evaluate.py, --task grounding. Nothing "
+        "that a pickle holds is run.",
+    )
+    refcoco.add_argument("--refs", type=Path, required=True, metavar="FILE", help="refs(unc).p, refs(umd).p, ...")
+    refcoco.add_argument("--instances", type=Path, required=True, metavar="FILE", help="instances.json beside it")
+    refcoco.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder; these splits are replaced")
+    refcoco.add_argument(
+        "--proposals", type=Path, metavar="FILE", help="a detector's boxes: {image id: [[x, y, w, h]]}"
+    )
+    refcoco.add_argument(
+        "--pictures", default="train2014", metavar="DIR", help="of the pictures, below what will be --image-root"
+    )
     add_sources(partial(_command, kinds))
 
 

@@ -3,8 +3,8 @@
 By ITC (cosine) and by ITM (raw logit of "matches"). One scorer for all formats, told apart by their keys:
 
     Winoground    JSON lines {"image_0", "image_1", "caption_0", "caption_1"}: two pictures, two captions
-    ARO           JSON list of {"image_path", "true_caption", "false_caption", "bbox_x", "bbox_y", "bbox_w", "bbox_h"};
-                  the picture is cut to the box
+    ARO           JSON list of {"image_path", "true_caption", "false_caption", "bbox_x", "bbox_y", "bbox_w", "bbox_h"}
+                  with "relation_name" or "attributes": a pair; the picture is cut to the box
     SugarCrepe    JSON object of {"filename", "caption", "negative_caption"}
     VL-CheckList  JSON list of [picture, {"POS": [caption], "NEG": [caption, ...]}]
     ours          JSON list of {"images": [path, ...], "captions": [text, ...], "kind": optional}; captions beyond the
@@ -15,7 +15,7 @@ I pictures and C >= I captions a probe; caption i is right for picture i. Scenes
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,33 @@ from simla_ds.hub import load_model_folder
 from simla_ds.model.simla import Simla
 
 SCORES = ("itc", "itm")
+ARO_LEFT_OUT = frozenset(
+    name.strip()
+    for name in """
+        adjusting, around, attached to, beside, between, bigger than, biting, boarding, brushing, by, chewing,
+        cleaning, climbing, close to, coming from, coming out of, contain, crossing, dragging, draped over,
+        drinking, drinking from, driving, driving down, driving on, eating from, eating in, enclosing, exiting,
+        facing, filled with, floating in, floating on, flying, flying above, flying in, flying over, flying through,
+        full of, going down, going into, going through, grazing in, growing in, growing on, guiding, hanging from,
+        hanging in, hanging off, hanging over, higher than, holding onto, hugging, in between, jumping off, jumping
+        on, jumping over, kept in, larger than, leading, leaning over, leaving, licking, longer than, looking in,
+        looking into, looking out, looking over, looking through, lying next to, lying on top of, making, mixed
+        with, mounted on, moving, near, next to, of, on the back of, on the edge of, on the front of, on the other
+        side of, on the side of, opening, painted on, parked at, parked beside, parked by, parked in, parked in
+        front of, parked near, parked next to, perched on, petting, piled on, playing, playing in, playing on,
+        playing with, pouring, reaching for, reading, reflected on, riding on, running in, running on, running
+        through, seen through, sitting behind, sitting beside, sitting by, sitting in front of, sitting near,
+        sitting next to, sitting under, skiing down, skiing on, sleeping in, sleeping on, smiling at, sniffing,
+        splashing, sprinkled on, stacked on, standing against, standing around, standing behind, standing beside,
+        standing in front of, standing near, standing next to, staring at, stuck in, surrounding, swimming in,
+        swinging, talking to, topped with, touching, traveling down, traveling on, tying, typing on, underneath,
+        wading in, waiting for, walking across, walking by, walking down, walking next to, walking through, with,
+        working in, working on, worn on, wrapped around, wrapped in
+        """.replace("\n        ", " ").split(",")
+)
+"""Relations that ARO's published macro accuracy leaves out: those that read as true both ways, and rare ones."""
+ARO_FEWEST = 25
+"""Probes that a pair of attributes needs to count in ARO's published macro accuracy."""
 
 
 def probe_folder(
@@ -99,7 +126,12 @@ def _aro(entry: Entry) -> Entry:
     box = [entry.get(f"bbox_{side}") for side in "xywh"]
     crop = {"crop": box} if any(value is not None for value in box) else {}
     captions = [entry.get("true_caption"), entry.get("false_caption")]
-    return {"images": [entry.get("image_path")], "captions": captions, **crop, **_kind(entry, "relation_name")}
+    found = {"images": [entry.get("image_path")], "captions": captions, **crop, **_kind(entry, "relation_name")}
+    if "kind" in found:
+        return {**found, "in_macro_from": None if found["kind"] in ARO_LEFT_OUT else 1}
+    if isinstance(pair := entry.get("attributes"), list):
+        return {**found, "kind": "_".join(map(str, pair)), "in_macro_from": ARO_FEWEST}
+    return found
 
 
 def _sugar_crepe(entry: Entry) -> Entry:
@@ -204,7 +236,7 @@ def measures(entries: Sequence[Entry], predictions: Sequence[dict[str, Any]]) ->
 
     `accuracy`: for each picture its caption scores highest, above (not level with) all others: Winoground's text score.
     Where probes have several pictures also `image` (for each caption its picture does) and `group` (both). `macro` is
-    the mean over kinds. `probes` and `probes/KIND` count them.
+    the mean over kinds, of ARO over those that its authors count. `probes` and `probes/KIND` count them.
     """
     right: dict[str, list[bool]] = defaultdict(list)
     kinds = [entries[said["entry"]]["kind"] for said in predictions]
@@ -219,11 +251,14 @@ def measures(entries: Sequence[Entry], predictions: Sequence[dict[str, Any]]) ->
             for key, value in found.items():
                 right[f"{name}/{key}"].append(value)
     shares = {name: 100 * sum(values) / len(values) for name, values in right.items()}
-    for name in SCORES:
-        own = [share for key, share in shares.items() if key.startswith(f"{name}/kind/")]
-        shares[f"{name}/macro"] = sum(own) / len(own)
-    counts = {f"probes/{kind}": float(kinds.count(kind)) for kind in dict.fromkeys(kinds)}
-    return {**shares, "probes": float(len(kinds)), **counts}
+    counts = Counter(kinds)
+    needed = {entry["kind"]: entry.get("in_macro_from", 1) for entry in entries}
+    counted = [kind for kind, count in counts.items() if needed[kind] is not None and count >= needed[kind]]
+    if counted:
+        for name in SCORES:
+            shares[f"{name}/macro"] = sum(shares[f"{name}/kind/{kind}"] for kind in counted) / len(counted)
+    by_kind = {f"probes/{kind}": float(count) for kind, count in counts.items()}
+    return {**shares, "probes": float(len(kinds)), **by_kind}
 
 
 def _picks_own(scores: Tensor) -> bool:

@@ -14,7 +14,7 @@ from launch import evaluate as programme
 from simla_ds.data.scenes.prepare import prepare_scenes
 from simla_ds.data.text import TextTokenizer, train_tokenizer
 from simla_ds.downstream.annotations import BadAnnotations
-from simla_ds.downstream.probes import load_probes, measures, probe_folder, score_probes
+from simla_ds.downstream.probes import ARO_LEFT_OUT, load_probes, measures, probe_folder, read_probes, score_probes
 from simla_ds.downstream.scene_swaps import KINDS, OPPOSITE
 from simla_ds.hub import SimlaProcessor, load_model_folder, save_model_folder
 from simla_ds.model.simla import Simla
@@ -113,6 +113,28 @@ def test_a_wrong_caption_among_several_makes_a_probe_wrong_and_macro_is_the_mean
     assert found["itc/accuracy"] == pytest.approx(100 / 3)
     assert (found["itc/kind/a"], found["itc/kind/b"], found["itc/macro"]) == (50.0, 0.0, 25.0)
     assert (found["probes"], found["probes/a"]) == (3.0, 2.0)
+
+
+def test_macro_of_aro_is_over_the_kinds_that_its_authors_count(tmp_path):
+    pair = {"image_path": "a.png", "true_caption": RIGHT, "false_caption": WRONG}
+
+    def macro(entries, right):
+        (tmp_path / "aro.json").write_text(json.dumps(entries))
+        scores = [[[2.0, 1.0]] if told else [[1.0, 2.0]] for told in right]
+        said = [{"entry": n, "itc": s, "itm": s} for n, s in enumerate(scores)]
+        return measures(read_probes(tmp_path / "aro.json", None).entries, said)
+
+    assert len(ARO_LEFT_OUT) == 157
+    assert all(name == " ".join(name.split()) for name in ARO_LEFT_OUT)
+    relations = ["on", "on", "under", "parked in front of", "on top of"]
+    found = macro([pair | {"relation_name": name} for name in relations], [True, False, False, True, True])
+    assert found["itc/accuracy"] == 60.0
+    assert found["itc/macro"] == 50.0  # on 50, under 0, on top of 100; one of four is left out
+    colours = [["red", "blue"]] * 24 + [["big", "old"]] * 25
+    found = macro([pair | {"attributes": colour} for colour in colours], [True] * 44 + [False] * 5)
+    assert found["itc/kind/red_blue"] == 100.0
+    assert found["itm/macro"] == found["itm/kind/big_old"] == 80.0  # 24 probes are too few to count
+    assert "itc/macro" not in macro([pair | {"relation_name": "near"}], [True])
 
 
 @pytest.mark.parametrize(
