@@ -391,11 +391,15 @@ class DataConfig:
     shuffle_window: int = 64
     """Shards whose samples are shuffled together: the epoch permutes the shards, then samples within each window."""
     cache_dir: str = "~/.cache/simla_ds/shards"
-    """Where copies of remote shards (http://, s3://, pipe:) are kept."""
+    """Where copies of remote shards (http://, s3://, pipe:) are kept, and what all ranks of a machine share of
+    the index of more than some 15 million samples (70 bytes each)."""
     cache_gb: float = 50.0
     """Most gigabytes of them; should hold shuffle_window shards, or some are fetched again and again."""
     fetch_tries: int = 8
     """Tries to fetch a shard, after waits from 0.2 to 30 s; then its samples are skipped."""
+    max_skipped: float = 0.5
+    """Share of a rank's last 20,000 samples that may be unusable, or the run ends: a storage that fails would use up
+    the epoch. 1: it never ends for this."""
 
     def __post_init__(self):
         low, high = self.crop_scale
@@ -421,6 +425,7 @@ class DataConfig:
         _require(self.shuffle_window >= 1, f"data.shuffle_window must be >= 1, got {self.shuffle_window}")
         _require(self.workers >= 0, f"data.workers must be >= 0, got {self.workers}")
         _require(self.cache_gb > 0, f"data.cache_gb must be > 0, got {self.cache_gb}")
+        _require(0 < self.max_skipped <= 1, f"data.max_skipped must be in (0, 1], got {self.max_skipped}")
         _require(self.fetch_tries >= 1, f"data.fetch_tries must be >= 1, got {self.fetch_tries}")
         _require(
             0 <= self.augment_magnitude <= 10,

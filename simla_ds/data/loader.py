@@ -32,10 +32,13 @@ from simla_ds.data.order import EpochOrder, Order, Stream, WeightedOrder, sample
 from simla_ds.data.remote import ShardCache, ShardChanged, open_shards
 from simla_ds.data.sample import Reason, SkipSample, stable_hash
 from simla_ds.data.shards import ShardFiles, find_shards
+from simla_ds.data.shared_index import share
 from simla_ds.types import Batch
 
 MOST_OPEN = 1024
 """Shard files that a process keeps open at most."""
+RECENT = 20_000
+"""Samples of a rank of which data.max_skipped is a share: one lost shard of 10,000 does not end a run."""
 _CHUNK = 16
 """Most samples that a worker reads between two deliveries."""
 
@@ -146,6 +149,10 @@ class StreamLoader(ABC):
         """What there is, as a person reads it, with a digest: equal where ranks read the same data."""
         self._check_size()
         self.skipped: Counter[str] = Counter()
+        self._recent = deque[Reason | None]()
+        """Why each of the last samples was passed over, if it was."""
+        self._recently = Counter[str]()
+        """How many of them were, by reason."""
         self.retried = 0
         self._stream = Stream()
         self._element = rank
@@ -170,17 +177,31 @@ class StreamLoader(ABC):
         while len(pairs) < self.config.train.batch_size:
             result = self._next_result()
             if not isinstance(result, str):  # a Reason is
+                self._remember(None)
                 pairs.append(result)
                 in_a_row = 0
                 continue
             passed[result] += 1
             in_a_row += 1
+            self._remember(result)
+            if self._recently.total() > self.config.data.max_skipped * RECENT:
+                self.close()
+                raise ValueError(
+                    f"{self.config.data.named}: {self._recently.total()} of the last {RECENT} samples of rank "
+                    f"{self.rank} are not usable ({_counted(self._recently)}); mend the data or their storage and "
+                    f"start again, or raise data.max_skipped, now {self.config.data.max_skipped:g}"
+                )
             if in_a_row * self.world_size >= self.epoch_size:  # this rank's share of an epoch
                 self.close()
-                reasons = ", ".join(f"{reason}: {count}" for reason, count in passed.most_common())
-                raise ValueError(f"{self.config.data.named}: none of {in_a_row} samples is usable ({reasons})")
+                raise ValueError(f"{self.config.data.named}: none of {in_a_row} samples is usable ({_counted(passed)})")
         self.skipped += passed
         return self.collate(pairs)
+
+    def _remember(self, reason: Any) -> None:
+        self._recent.append(reason)
+        gone = self._recent.popleft() if len(self._recent) > RECENT else None
+        self._recently.update([reason] if reason else [])
+        self._recently.subtract([gone] if gone else [])
 
     def local_position(self) -> int:
         """Global index of the first sample of this rank that no batch has passed; what is prefetched does not count."""
@@ -221,6 +242,8 @@ class StreamLoader(ABC):
                     "here; restore it, or start afresh in another --output"
                 )
         self.close()
+        self._recent.clear()
+        self._recently.clear()
         stream = Stream(tuple(state.get("left_over", ())), state.get("start", 0))
         following = state["next"]
         if len(following) == self.world_size:
@@ -370,12 +393,17 @@ def eval_batches(
 
 def _open(config: Config, paths: list[str]) -> ShardFiles:
     """Shards, wherever they are."""
-    data = config.data
-    cache = ShardCache(Path(data.cache_dir).expanduser(), int(data.cache_gb * 1e9), data.fetch_tries)
+    data, folder = config.data, Path(config.data.cache_dir).expanduser()
+    cache = ShardCache(folder, int(data.cache_gb * 1e9), data.fetch_tries)
     # the shards that are shuffled together are read by turns, and those of the next window already
     keep_open = min(2 * data.shuffle_window * max(1, len(data.sources)), MOST_OPEN)
     # what chose a shard's samples has done so: every process would hold it
-    return ShardFiles([replace(shard, note="") for shard in open_shards(paths, cache)], keep_open, cache)
+    shards = share((replace(shard, note="") for shard in open_shards(paths, cache)), folder / "indexes")
+    return ShardFiles(shards, keep_open, cache)
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common() if count)
 
 
 def _chunked(stream: Stream, element: int, step: int, size: int) -> Iterator[list[int]]:

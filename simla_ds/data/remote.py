@@ -48,14 +48,14 @@ STALL = 60.0
 _AT_ONCE = 8
 
 
-def open_shards(paths: list[str], cache: ShardCache) -> list[Shard]:
+def open_shards(paths: list[str], cache: ShardCache) -> Iterator[Shard]:
     """Indexes of local and remote shards, fetched several at a time. Raises OSError when one can't be had."""
 
     def opened(path: str) -> Shard:
         return cache.index(path) if path.startswith(REMOTE) else open_shard(path)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # file systems of clusters are as slow to answer as servers
-        return list(pool.map(opened, paths))
+        yield from pool.map(opened, paths)
 
 
 class ShardChanged(OSError):
@@ -100,7 +100,7 @@ class ShardCache:
         if not url.startswith("pipe:"):
             with contextlib.suppress(FileNotFoundError, PermissionError):  # most shards have none: it is made below
                 self._retry(lambda: _download(_index_url(url), kept))
-                if found := load_index(str(kept), url):
+                if (found := load_index(str(kept), url)) is not None:  # one without samples is one, too
                     there = stamp.get("bytes", found.tar_bytes)
                     if found.tar_bytes in (0, there):
                         return found

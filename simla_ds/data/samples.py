@@ -63,4 +63,4 @@ def open_files(shards: str, name: str = "SHARDS") -> tuple[list[str], ShardFiles
     """Return the addresses of shards, wherever they are, and the shards; ValueError calls them by `name`."""
     paths, data = find_shards(shards, name, remote=True), DataConfig()
     cache = ShardCache(Path(data.cache_dir).expanduser(), int(data.cache_gb * 1e9), data.fetch_tries)
-    return paths, ShardFiles(open_shards(paths, cache), cache=cache)
+    return paths, ShardFiles([*open_shards(paths, cache)], cache=cache)

@@ -39,7 +39,8 @@ REMOTE = ("pipe:", "http://", "https://", "s3://", "gs://", "az://", "hf://", "m
 """How names of shards begin that have to be fetched."""
 
 INDEX_VERSION = 1
-_ARRAYS = ("names", "name_ends", "member_ends", "members")
+ARRAYS = ("names", "name_ends", "member_ends", "members")
+"""Of a Shard."""
 
 
 class ShardWriter:
@@ -226,7 +227,7 @@ def load_index(file: str, path: str, stamp: Mapping[str, Any] | None = None) -> 
         with np.load(file, allow_pickle=False) as stored:
             header = json.loads(stored["header"].tobytes())
             if all(header[name] == value for name, value in (stamp or {"version": INDEX_VERSION}).items()):
-                arrays = {name: stored[name] for name in _ARRAYS}
+                arrays = {name: stored[name] for name in ARRAYS}
                 extensions, note = tuple(header["extensions"]), header.get("note", "")
                 problem, tar_bytes = header["problem"], header.get("bytes", 0)
                 _require_sound(arrays, extensions)
@@ -238,7 +239,7 @@ def load_index(file: str, path: str, stamp: Mapping[str, Any] | None = None) -> 
 
 def _require_sound(arrays: Mapping[str, np.ndarray], extensions: tuple[str, ...]) -> None:
     """Raise ValueError unless the arrays are what Shard says, so that every sample can be looked up."""
-    names, name_ends, member_ends, members = (arrays[name] for name in _ARRAYS)
+    names, name_ends, member_ends, members = (arrays[name] for name in ARRAYS)
     for ends, most in ((name_ends, len(names)), (member_ends, len(members))):
         if ends.dtype != np.int64 or ends.ndim != 1 or (np.diff(ends, prepend=0, append=most) < 0).any():
             raise ValueError("ends are not in order")
@@ -377,7 +378,7 @@ def save_index(file: str, shard: Shard, stamp: Mapping[str, Any] | None = None) 
     temporary = f"{file}.{os.getpid()}"
     said = {"extensions": shard.extensions, "problem": shard.problem, "note": shard.note}
     header = json.dumps({**(stamp or {"version": INDEX_VERSION}), **said}).encode()
-    arrays = {name: getattr(shard, name) for name in _ARRAYS}
+    arrays = {name: getattr(shard, name) for name in ARRAYS}
     try:
         with open(temporary, "wb") as opened:
             np.savez(opened, header=np.frombuffer(header, dtype=np.uint8), **arrays)

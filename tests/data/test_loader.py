@@ -142,6 +142,18 @@ def test_each_epoch_is_another_permutation_and_follows_from_the_seed():
     assert [EpochOrder([7, 0, 3, 12, 5], 2, seed=2).locate(g) for g in range(27)] != epochs[0]
 
 
+def test_batches_of_a_shared_index_are_the_same(shards_with_bad, tmp_path, monkeypatch):
+    wanted = take(loader(shards_with_bad), 12)
+    monkeypatch.setattr("simla_ds.data.shared_index.FROM", 100)
+    for workers in (0, 2):
+        asked = config(shards_with_bad, workers=workers)
+        asked = replace(asked, data=replace(asked.data, cache_dir=str(tmp_path)))
+        source = PairLoader(asked, Words(), VIEW)
+        assert all(map(same, take(source, 12), wanted))
+        source.close()
+    assert len(list((tmp_path / "indexes").iterdir())) == 1
+
+
 def test_only_a_window_of_shards_is_read_at_a_time():
     order = EpochOrder([10] * 12, window=3, seed=0)
     for start in range(0, 120, 30):
@@ -405,6 +417,38 @@ def test_data_without_a_usable_sample_ends_after_an_epoch(tmp_path):
             next(loader(str(tmp_path), workers=workers))
     with pytest.raises(ValueError, match=r"none of 10 samples is usable"):  # one of two ranks' share
         next(loader(str(tmp_path), world_size=2))
+
+
+def test_a_run_ends_when_most_of_the_last_samples_are_not_usable(tmp_path, monkeypatch):
+    monkeypatch.setattr("simla_ds.data.loader.RECENT", 20)
+    paths = write_shards(good(40), tmp_path, 10)
+    source = loader(str(tmp_path), batch_size=4)
+    take(source, 5)
+    for path in paths:  # the storage goes away
+        path.unlink()
+    assert isinstance(source.dataset, PairDataset)
+    source.dataset.files._open.clear()
+    said = r"11 of the last 20 samples of rank 0 are not usable \(sample unreadable: 11\);.* data.max_skipped, now 0.5"
+    with pytest.raises(ValueError, match=said):
+        take(source, 3)
+    assert source.local_position() <= 40  # nothing near an epoch was used up
+    state = source.state_dict()
+    write_shards(good(40), tmp_path, 10)
+    again = loader(str(tmp_path), batch_size=4)
+    again.load_state(state)
+    take(again, 10)
+
+
+def test_data_of_which_half_is_not_usable_may_be_used_on_request(tmp_path, monkeypatch):
+    monkeypatch.setattr("simla_ds.data.loader.RECENT", 20)
+    write_shards(good(40, bad=range(0, 40, 2)), tmp_path, 10)
+    with pytest.raises(ValueError, match=r"11 of the last 20 samples"):
+        take(loader(str(tmp_path), batch_size=4), 40)  # half of them, sometimes more
+    asked = config(str(tmp_path), batch_size=4)
+    source = PairLoader(replace(asked, data=replace(asked.data, max_skipped=1.0)), Words(), VIEW)
+    take(source, 40)
+    assert source._recently.total() == sum(reason is not None for reason in source._recent)
+    assert len(source._recent) == 20
 
 
 def test_fewer_samples_than_a_batch_is_refused_with_both_numbers(tmp_path):

@@ -179,7 +179,7 @@ def test_processes_that_want_the_same_shard_fetch_it_once(shards, tmp_path):
 def test_a_copy_that_is_put_out_stays_readable_for_who_has_it_open(shards, tmp_path):
     with serving(shards) as (address, _):
         cache = ShardCache(tmp_path / "cache", 1, 3)  # no more than one at a time
-        files = ShardFiles(open_shards([f"{address}/shard-{i:06d}.tar" for i in range(2)], cache), cache=cache)
+        files = ShardFiles([*open_shards([f"{address}/shard-{i:06d}.tar" for i in range(2)], cache)], cache=cache)
         first = files.read(0, 0)
         files.read(1, 0)
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 1

@@ -34,7 +34,7 @@ def put(folder, samples, size=4000):
 def opened(url, tmp_path, tries=2):
     """The files as one process has them."""
     cache = ShardCache(tmp_path / "cache", 10**9, tries)
-    return ShardFiles(open_shards([url], cache), cache=cache)
+    return ShardFiles([*open_shards([url], cache)], cache=cache)
 
 
 def test_a_dead_shard_is_asked_for_once_by_all_processes(folder, tmp_path, monkeypatch, capsys):
@@ -135,6 +135,13 @@ def test_an_index_beside_another_shard_is_not_believed(folder, tmp_path, capsys)
     sizes = index_size, tar_size = 40960, (folder / NAME).stat().st_size
     assert index_size != tar_size
     assert "{}.index.npz is of a shard of {} bytes, the one there has {}".format(NAME, *sizes) in said
+
+
+def test_a_choice_of_no_samples_is_one(folder, tmp_path):
+    store_selection(index_tar(str(folder / NAME)), [], "all of them are in the test set")
+    with serving(folder) as (address, _):
+        (shard,) = opened(f"{address}/{NAME}", tmp_path).shards
+    assert (len(shard), shard.note) == (0, "all of them are in the test set")
 
 
 def test_a_choice_of_samples_of_another_shard_is_refused(folder, tmp_path):
