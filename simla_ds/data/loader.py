@@ -149,7 +149,7 @@ class StreamLoader(ABC):
         """What there is, as a person reads it, with a digest: equal where ranks read the same data."""
         self._check_size()
         self.skipped: Counter[str] = Counter()
-        self._recent = deque[Reason | None]()
+        self._recent = deque[str | None]()
         """Why each of the last samples was passed over, if it was."""
         self._recently = Counter[str]()
         """How many of them were, by reason."""
@@ -197,7 +197,7 @@ class StreamLoader(ABC):
         self.skipped += passed
         return self.collate(pairs)
 
-    def _remember(self, reason: Any) -> None:
+    def _remember(self, reason: str | None) -> None:
         self._recent.append(reason)
         gone = self._recent.popleft() if len(self._recent) > RECENT else None
         self._recently.update([reason] if reason else [])

@@ -83,6 +83,17 @@ def test_a_folder_without_room_is_one_clear_line_and_nothing_is_left(shards, tmp
 
 
 @pytest.mark.usefixtures("at_once")
+def test_a_shard_that_cannot_be_had_is_said_as_such(shards, tmp_path):
+    def had():
+        yield shards[0]
+        raise OSError("s3://bucket/1.tar: no answer (after 8 tries)")
+
+    with pytest.raises(OSError, match=r"^s3://bucket/1.tar: no answer"):
+        share(had(), tmp_path / "indexes")
+    assert list((tmp_path / "indexes").iterdir()) == []
+
+
+@pytest.mark.usefixtures("at_once")
 def test_memory_of_the_process_does_not_hold_a_mapped_index(tmp_path):
     (path,) = write_shards(pairs(2), tmp_path / "shards", 10)
     small = open_shard(str(path))
