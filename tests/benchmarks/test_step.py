@@ -145,6 +145,16 @@ def test_a_share_is_of_the_rate_that_the_same_contender_measured():
     assert [contenders[name]["share_of_gemm"] for name in ("ours", "official order")] == pytest.approx([0.25, 0.5])
 
 
+class Ended:
+    """A process that measured an agreement and is done."""
+
+    def __init__(self, *_: Any):
+        self.process = self
+
+    def communicate(self) -> tuple[str]:
+        return ('{"loss_difference": 0.0}',)
+
+
 @pytest.mark.parametrize(
     ("baseline", "control", "slower", "accused"),
     [
@@ -167,7 +177,7 @@ def test_a_baseline_slower_than_published_is_an_error(baseline, control, slower,
     result["objections"] = step.objections(result)
     assert conclude(result, step.describe(result), None) == (1 if accused else 0)
     printed = capsys.readouterr()
-    assert f"baseline slower than published: {slower:.2f} times" in printed.out
+    assert f"unchanged code: {slower:.2f} times" in printed.out
     assert ("mend it" in printed.err) == accused
 
 
@@ -183,6 +193,20 @@ def test_the_baseline_is_judged_as_it_was_published_by_its_fastest_step_and_the_
     )
 
 
+def test_beside_a_control_in_bf16_the_baseline_is_told_by_its_own_rate_and_not_judged(monkeypatch, capsys):
+    rows = {"ours": answers(2.0, 100e9, 100, rate=900.0), "FLAVA": answers(1.0, 160e9, 7, rate=900.0)}
+    rows |= {name: answers(90.0, 435e9, 300) for name in ("official order", "official order, autocast bf16")}
+    monkeypatch.setattr(step, "ContenderProcess", Ended)
+    monkeypatch.setattr(step, "take_turns", lambda *_, **__: rows)
+    monkeypatch.setattr(step, "has_bf16_units", lambda: True)
+    result = step.run("small", "bf16", 1, "wall", CPU)
+    assert conclude(result, step.describe(result), None) == 0
+    seconds, gflop = step.PUBLISHED["small"]["official order"][1], 435.0
+    expected = gflop / seconds / step.PUBLISHED_RATE / (gflop / 90.0 / 100.0)
+    assert result["slower_than_published"] == {"official order": pytest.approx(expected)}
+    assert f"official order {expected:.2f}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("difference", [2e-4, float("nan")])
 def test_orders_that_disagree_are_an_error(difference: float):
     assert "a loss of ours in official fidelity differs" in step.objections({"loss_difference": difference})[0]
@@ -191,13 +215,6 @@ def test_orders_that_disagree_are_an_error(difference: float):
 
 @pytest.mark.parametrize(("size", "device"), [("tiny", "cpu"), ("small", "cuda")])
 def test_what_was_published_on_a_cpu_says_nothing_of_other_sizes_and_devices(size, device, monkeypatch):
-    class Ended:
-        def __init__(self, *_: Any):
-            self.process = self
-
-        def communicate(self) -> tuple[str]:
-            return ('{"loss_difference": 0.0}',)
-
     rows = {name: answers(9.0, 435e9, 300) for name in ("ours", "official order")} | {"FLAVA": answers(2.0, 160e9, 7)}
     monkeypatch.setattr(step, "ContenderProcess", Ended)
     monkeypatch.setattr(step, "take_turns", lambda *_, **__: rows)
