@@ -1,6 +1,7 @@
 """Evaluate a model folder: `python launch/evaluate.py --task retrieval --model DIR --annotations FILE [--json OUT]`.
 
-Exit status: 0 done, 2 wrong use or bad input (one line says what to change).
+Exit status: 0 done, 1 a process that reads pictures is stuck or gone, 2 wrong use or bad input (one line says what to
+change).
 """
 
 import argparse
@@ -60,6 +61,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers to this file")
     parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read pictures, 0: this one, as for probes and for retrieval by --annotations (default: 1)",
+    )
+    parser.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a CUDA card where there is one"
     )
     arguments = parser.parse_args(argv)
@@ -72,6 +79,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.exit(2, "evaluate.py: error: --image-root is for --annotations; shards hold their pictures\n")
     if (arguments.protocol or arguments.rerank is not None) and arguments.task != "retrieval":
         parser.exit(2, "evaluate.py: error: --protocol and --rerank are for retrieval\n")
+    alone = arguments.task == "probes" or (arguments.task == "retrieval" and arguments.annotations)
+    if arguments.workers is not None and (alone or arguments.workers < 0):
+        parser.exit(
+            2,
+            f"evaluate.py: error: --workers {arguments.workers} must be 0 or more, and is not for probes nor for "
+            "retrieval by --annotations\n",
+        )
+    arguments.workers = 1 if arguments.workers is None else arguments.workers
     for option in ("predictions", "submission", "json"):  # before hours of predictions
         out = getattr(arguments, option)
         if out and not out.absolute().parent.is_dir():
@@ -98,6 +113,7 @@ def evaluate_task(arguments: argparse.Namespace) -> int:
         inputs=arguments.inputs,
         device=arguments.device,
         official=arguments.fidelity == "official",
+        workers=arguments.workers,
     )
     if arguments.predictions:
         write_predictions(arguments.predictions, annotations, predictions)
@@ -152,7 +168,7 @@ def evaluate_retrieval(arguments: argparse.Namespace) -> int:
     else:
         _, files = open_files(str(arguments.data), "--data")
         places = [(shard, number) for shard, index in enumerate(files.shards) for number in range(len(index))]
-        batches = sharded(Samples(files, places, processor), skipped)
+        batches = sharded(Samples(files, places, processor), skipped, workers=arguments.workers)
     result = retrieve(model, batches, rerank=protocol or arguments.rerank, progress=sys.stderr.isatty())
     if skipped:
         reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
@@ -172,12 +188,17 @@ def evaluate_retrieval(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """Bad input is told, all that is wrong with an annotation file at once, and status 2."""
     arguments = parse(sys.argv[1:])
+    from simla_ds.data.loader import StalledData
+
     try:
         run = {"retrieval": evaluate_retrieval, "probes": evaluate_probes}.get(arguments.task, evaluate_task)
         return run(arguments)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
+    except StalledData as error:
+        print(f"evaluate.py: stopped: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

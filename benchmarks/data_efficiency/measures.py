@@ -142,7 +142,7 @@ def grounding(subject: Subject, shards: str, scenes: int) -> Numbers:
     tokenizer = subject.processor.tokenizer
     config = FinetuneConfig(model=subject.config, data=FinetuneData(max_tokens=tokenizer.max_tokens))
     maker = ExampleMaker(config, task, tokenizer, train=False)
-    predictions = task.predictions(subject.model, held_out_batches(entries, maker, config.eval.batch_size))
+    predictions = task.predictions(subject.model, held_out_batches(entries, maker, config.eval.batch_size, config.data))
     found = task.measures(entries.entries, predictions)
     return {name: found[name] for name in _GROUNDING}
 

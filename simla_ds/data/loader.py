@@ -13,7 +13,8 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from simla_ds.config import Config
+from simla_ds.config import Config, DataConfig
 from simla_ds.data.batch import Pair, PairMaker, Tokenizer, as_floats, collate
 from simla_ds.data.order import EpochOrder, Order, Stream, WeightedOrder, sample_generator
 from simla_ds.data.remote import ShardCache, ShardChanged, open_shards
@@ -39,7 +40,7 @@ MOST_OPEN = 1024
 """Shard files that a process keeps open at most."""
 RECENT = 20_000
 """Samples of a rank of which data.max_skipped is a share: one lost shard of 10,000 does not end a run."""
-_CHUNK = 16
+CHUNK = 16
 """Most samples that a worker reads between two deliveries."""
 
 
@@ -261,13 +262,8 @@ class StreamLoader(ABC):
         if self._chunks is None:
             self._chunks = iter(self._data_loader())
         while not self._pending:
-            try:
+            with stalled_data(f"rank {self.rank}: {self.config.data.named}", self.config.data):
                 chunk = next(self._chunks)
-            except RuntimeError as error:  # torch's word for a worker that is silent or gone
-                raise StalledData(
-                    f"rank {self.rank}: a loader process of {self.config.data.named} is stuck or gone "
-                    f"(data.timeout={self.config.data.timeout} s): {str(error).splitlines()[0]}"
-                ) from error
             self.retried += chunk.retried
             self._pending.extend(chunk.unpack())
         _, result = self._pending.popleft()
@@ -275,21 +271,11 @@ class StreamLoader(ABC):
         return result
 
     def _data_loader(self) -> DataLoader:
-        workers, batch_size = self.config.data.workers, self.config.train.batch_size
-        chunk = min(_CHUNK, batch_size)
+        batch_size = self.config.train.batch_size
+        chunks = _chunked(self._stream, self._element, self.world_size, min(CHUNK, batch_size))
         self._ending = multiprocessing.Event()
         atexit.register(self._ending.set)  # before multiprocessing ends what is left, and waits for it
-        ahead = max(2, -(-2 * batch_size // (chunk * workers))) if workers else None  # two batches at least
-        return DataLoader(
-            self.dataset,
-            batch_sampler=_chunked(self._stream, self._element, self.world_size, chunk),
-            num_workers=workers,
-            timeout=self.config.data.timeout if workers else 0,
-            prefetch_factor=ahead,
-            collate_fn=_as_it_is,
-            worker_init_fn=partial(_start_worker, self._ending),
-            generator=torch.Generator(),  # or starting workers would draw from the generator that dropout uses
-        )
+        return read_ahead(self.dataset, chunks, self.config.data, batch_size, self._ending)
 
     def _check_size(self) -> None:
         batch_size = self.config.train.batch_size
@@ -350,6 +336,39 @@ def make_order(config: Config, sizes: Sequence[int], sources: Sequence[tuple[str
             raise ValueError(f"data.sources.{name}: none of {shards} shards holds a sample; take the source out")
         first += shards
     return WeightedOrder(orders, weights, seed)
+
+
+def read_ahead(
+    dataset: Dataset, chunks: Iterable[list[int]], data: DataConfig, batch_size: int, ending: Event
+) -> DataLoader:
+    """What dataset.__getitems__ makes of each chunk of indices, in order, by data.workers processes; 0: by this one.
+
+    They are two batches ahead at least. ending: to be set when they may be ended; until then they outlive a SIGTERM.
+    """
+    workers, chunk = data.workers, min(CHUNK, batch_size)
+    return DataLoader(
+        dataset,
+        batch_sampler=chunks,
+        num_workers=workers,
+        timeout=data.timeout if workers else 0,
+        prefetch_factor=max(2, -(-2 * batch_size // (chunk * workers))) if workers else None,
+        collate_fn=_as_it_is,
+        worker_init_fn=partial(_start_worker, ending),
+        generator=torch.Generator(),  # or starting workers would draw from the generator that dropout uses
+    )
+
+
+@contextmanager
+def stalled_data(what: str, data: DataConfig) -> Iterator[None]:
+    """Call torch's word for a worker that is silent or gone StalledData, naming what was read."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not data.workers:
+            raise
+        raise StalledData(
+            f"{what}: a loader process is stuck or gone (data.timeout={data.timeout} s): {str(error).splitlines()[0]}"
+        ) from error
 
 
 def eval_batches(

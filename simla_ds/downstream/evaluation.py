@@ -27,6 +27,7 @@ def evaluate_folder(
     limit: int = 0,
     device: str = "auto",
     official: bool = False,
+    workers: int = 1,
 ) -> tuple[dict[str, float], list[dict[str, Any]], Annotations]:
     """Return a task's measures, its predictions and the entries they are about.
 
@@ -40,6 +41,7 @@ def evaluate_folder(
         device: as hub.load_model_folder's.
         official: rank VQA's answers with the published arithmetic, as fine-tuning at `fidelity: official` does.
         limit: scenes used where entries are made of scenes, 0: all.
+        workers: processes that read pictures, 0: this one.
 
     Raises:
         ValueError: bad entries (all of them are told), a folder of another task.
@@ -52,9 +54,10 @@ def evaluate_folder(
     entries = downstream.checked(load_annotations(task, source, image_root, limit=limit), train=False)
     for remark in downstream.remarks(entries):
         print(remark, file=sys.stderr)
-    config = FinetuneConfig(model=model, data=FinetuneData(max_tokens=tokenizer.max_tokens), inputs=inputs)
+    data = FinetuneData(max_tokens=tokenizer.max_tokens, workers=workers)
+    config = FinetuneConfig(model=model, data=data, inputs=inputs)
     maker = ExampleMaker(config, downstream, tokenizer, train=False)
-    predictions = downstream.predictions(network, held_out_batches(entries, maker, batch_size))
+    predictions = downstream.predictions(network, held_out_batches(entries, maker, batch_size, data))
     return downstream.measures(entries.entries, predictions), predictions, entries
 
 

@@ -1,11 +1,14 @@
 """From a task's entries to batches: pictures transformed, texts tokenised, labels collated by the task.
 
-The order, the workers and the resumable position are those of pretraining (data.loader.StreamLoader).
+The order, the workers and the resumable position are those of pretraining (data.loader.StreamLoader); held-out
+entries come as they are listed, read ahead by as many workers.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from simla_ds.data.loader import StreamLoader
-from simla_ds.data.order import EpochOrder, sample_generator
+from simla_ds.config import DataConfig
+from simla_ds.data.loader import CHUNK, StreamLoader, read_ahead, stalled_data
+from simla_ds.data.order import EpochOrder, Order, sample_generator
 from simla_ds.data.sample import Reason, SkipSample, open_picture, picture_bytes, stable_hash
 from simla_ds.data.text import TextTokenizer
 from simla_ds.data.transforms import make_transform, normalise
@@ -102,7 +106,7 @@ class ExampleMaker:
 class ExampleDataset(Dataset):
     """Examples by global index, over all epochs."""
 
-    def __init__(self, annotations: Annotations, maker: ExampleMaker, order: EpochOrder, seed: int):
+    def __init__(self, annotations: Annotations, maker: ExampleMaker, order: Order, seed: int):
         self.annotations, self.maker, self.order, self.seed = annotations, maker, order, seed
 
     def __getitems__(self, global_indices: list[int]) -> Examples:
@@ -140,10 +144,24 @@ class ExampleLoader(StreamLoader):
         return {**batch, "itm_draws": batch["draws"][:, :2]}
 
 
+class _AsListed:
+    """The order in which entries are written."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def locate(self, global_index: int) -> tuple[int, int]:
+        return 0, global_index
+
+
 def held_out_batches(
     annotations: Annotations,
     maker: ExampleMaker,
     batch_size: int,
+    data: DataConfig,
     *,
     limit: int = 0,
     rank: int = 0,
@@ -151,15 +169,31 @@ def held_out_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the entries rank, rank + world_size, ... in order; of at most `limit` (0: all).
 
-    ValueError names a picture that cannot be read: a measure over fewer entries than said would mislead.
+    data.workers processes read ahead. Raises ValueError naming a picture that cannot be read, since a measure over
+    fewer entries than said would mislead; StalledData when a process says nothing for data.timeout seconds.
     """
     count = min(limit or len(annotations.entries), len(annotations.entries))
+    dataset = ExampleDataset(annotations, maker, _AsListed(count), seed=0)
     numbers = range(rank, count, world_size)
-    for start in range(0, len(numbers), batch_size):
-        examples = []
-        for number in numbers[start : start + batch_size]:
-            try:
-                examples.append(maker.make(annotations, number, sample_generator(0, number)))
-            except SkipSample as skip:
-                raise ValueError(f"{annotations.source}: entry {number} cannot be used: {skip.reason}") from None
-        yield maker.collate(examples)
+    chunks = [list(numbers[start : start + CHUNK]) for start in range(0, len(numbers), CHUNK)]
+    ending = multiprocessing.Event()
+    atexit.register(ending.set)
+    loaded, examples = iter(read_ahead(dataset, chunks, data, batch_size, ending)), []
+    try:
+        while True:
+            with stalled_data(annotations.source, data):
+                chunk = next(loaded, None)
+            if chunk is None:
+                break
+            for number, result in chunk.unpack():
+                if isinstance(result, str):  # a Reason is
+                    raise ValueError(f"{annotations.source}: entry {number} cannot be used: {result}")
+                examples.append(result)
+                if len(examples) == batch_size:
+                    yield maker.collate(examples)
+                    examples = []
+        if examples:
+            yield maker.collate(examples)
+    finally:
+        ending.set()
+        atexit.unregister(ending.set)

@@ -122,9 +122,8 @@ class TaskWatch:
         whole = self.downstream.whole
         rank, world_size = (0, 1) if whole else (self.ranks.rank, self.ranks.world_size)
         settings = self.config.eval
-        batches = held_out_batches(
-            self.held_out, self.maker, settings.batch_size, limit=settings.samples, rank=rank, world_size=world_size
-        )
+        where = {"limit": settings.samples, "rank": rank, "world_size": world_size}
+        batches = held_out_batches(self.held_out, self.maker, settings.batch_size, self.config.data, **where)
         with evaluating(student):
             own = self.downstream.predictions(student, batches)
         parts = [own] if whole else gather_objects(own)

@@ -576,7 +576,7 @@ def test_a_loader_process_that_is_silent_or_killed_is_one_line(shards, monkeypat
     source = loader(shards, workers=1)
     source.config = replace(source.config, data=replace(source.config.data, timeout=2))
     with pytest.raises(
-        StalledData, match=r"rank 0: a loader process of data.train=.* \(data.timeout=2 s\): DataLoader"
+        StalledData, match=r"rank 0: data.train=.*: a loader process is stuck or gone \(data.timeout=2 s\): DataLoader"
     ):
         next(source)
 

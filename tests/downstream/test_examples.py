@@ -1,6 +1,9 @@
 """Batches of a task's examples."""
 
+import multiprocessing
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +12,12 @@ import torch
 from PIL import Image
 
 from simla_ds.config import MatchingConfig, TrainConfig
+from simla_ds.data.loader import CHUNK, StalledData
 from simla_ds.data.order import EpochOrder
 from simla_ds.data.text import TextTokenizer, train_tokenizer
 from simla_ds.downstream.annotations import Annotations, FolderPictures
 from simla_ds.downstream.config import FinetuneConfig, FinetuneData
-from simla_ds.downstream.examples import Example, ExampleDataset, ExampleLoader, ExampleMaker
+from simla_ds.downstream.examples import Example, ExampleDataset, ExampleLoader, ExampleMaker, held_out_batches
 from simla_ds.downstream.retrieval_tuning import Retrieval
 
 
@@ -61,3 +65,53 @@ def test_texts_that_ranks_exchange_are_of_one_length(tmp_path, negatives, ranks,
     assert batch["input_ids"].shape == batch["text_mask"].shape == (2, length)
     assert batch["text_mask"].sum(1).tolist() == [2, 4]
     assert batch["input_ids"][0, 2:].eq(tokenizer.vocabulary.pad).all()
+
+
+HELD_OUT = 2 * CHUNK + 3
+
+
+def held_out(folder: Path) -> tuple[Annotations, ExampleMaker]:
+    """Entries of pictures that all differ."""
+    train_tokenizer(["a red dog"], folder / "words", 40)
+    for number in range(HELD_OUT):
+        Image.new("RGB", (40, 40), (number, 0, 255 - number)).save(folder / f"{number}.png")
+    entries = [{"image": f"{n}.png", "caption": "a dog", "image_id": n} for n in range(HELD_OUT)]
+    config = FinetuneConfig(task="retrieval", train=TrainConfig(batch_size=2))
+    maker = ExampleMaker(config, Retrieval(), TextTokenizer(folder / "words"), train=False)
+    return Retrieval().rows(Annotations("entries", entries, FolderPictures(folder))), maker
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_held_out_entries_come_as_listed_from_any_number_of_processes(tmp_path, ranks):
+    annotations, maker = held_out(tmp_path)
+
+    def made(workers: int, rank: int) -> list[dict[str, Any]]:
+        data = FinetuneData(workers=workers)
+        return list(held_out_batches(annotations, maker, 7, data, limit=HELD_OUT - 1, rank=rank, world_size=ranks))
+
+    for rank in range(ranks):
+        alone = made(0, rank)
+        assert torch.cat([batch["number"] for batch in alone]).tolist() == list(range(rank, HELD_OUT - 1, ranks))
+        assert {len(batch["number"]) for batch in alone[:-1]} == {7}
+        for workers in (1, 2):
+            for mine, theirs in zip(alone, made(workers, rank), strict=True):
+                assert mine.keys() == theirs.keys()
+                assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_held_out_picture_that_cannot_be_read_is_named_and_no_process_is_left(tmp_path, workers):
+    annotations, maker = held_out(tmp_path)
+    (tmp_path / "20.png").write_bytes(b"no picture")
+    batches = held_out_batches(annotations, maker, 4, FinetuneData(workers=workers))
+    assert len([next(batches) for _ in range(4)]) == 4
+    with pytest.raises(ValueError, match=r"^entries: entry 20 cannot be used: picture unreadable$"):
+        list(batches)
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_is_gone_ends_an_evaluation(tmp_path, monkeypatch):
+    annotations, maker = held_out(tmp_path)
+    monkeypatch.setattr(maker, "make", lambda *_: os._exit(1))
+    with pytest.raises(StalledData, match=r"^entries: a loader process is stuck or gone \(data.timeout="):
+        list(held_out_batches(annotations, maker, 4, FinetuneData(workers=1)))
