@@ -80,9 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=20, metavar="N", help="scenes (default: 20)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which scenes (default: 0)")
     arguments = parser.parse_args(argv)
-    model, _ = load_model_folder(arguments.model)
-    processor = SimlaProcessor.from_pretrained(arguments.model)
-    scenes = scene_annotations("grounding", str(arguments.scenes / "test"))
+    try:
+        model, _ = load_model_folder(arguments.model)
+        processor = SimlaProcessor.from_pretrained(arguments.model)
+        scenes = scene_annotations("grounding", str(arguments.scenes / "test"))
+    except (ValueError, OSError) as error:
+        print(f"heat_maps: error: {error}", file=sys.stderr)
+        return 2
     found = [drawn(model, processor, scenes, entry) for entry in choose(scenes, arguments.count, arguments.seed)]
     rows = -(-len(found) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * SIDE, rows * (SIDE + MARGIN)), "white")
