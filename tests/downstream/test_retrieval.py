@@ -274,6 +274,12 @@ def test_the_official_protocol_orders_more_candidates_of_more_pictures():
         (["--task", "vqa", "--data", "x", "--protocol", "fast"], "--protocol and --rerank are for retrieval"),
         (["--task", "probes", "--data", "x", "--rerank", "16"], "--protocol and --rerank are for retrieval"),
         (["--task", "retrieval", "--annotations", "x", "--inputs", "text"], "are not for retrieval"),
+        (
+            ["--task", "retrieval", "--annotations", "x", "--workers", "2"],
+            "--workers 2 must be 0 or more, and is not for",
+        ),
+        (["--task", "probes", "--data", "x", "--workers", "2"], "--workers 2 must be 0 or more, and is not for"),
+        (["--task", "vqa", "--data", "x", "--workers", "-1"], "--workers -1 must be 0 or more"),
         (["--task", "retrieval", "--annotations", "nowhere.json"], "nowhere.json"),
         (["--task", "retrieval", "--data", "nowhere"], "matches no shards"),
         (["--task", "retrieval", "--data", "nowhere", "--weights", "teacher"], "has no teacher weights"),
